@@ -1,0 +1,50 @@
+"""Errors that a user can mend, each one line: where, what is wrong, what to do.
+
+Commands catch `UserError`, print it and exit with code 2; any other exception is our own bug and keeps its traceback.
+"""
+
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Base of everything a user can cause and mend; `str()` is the whole message."""
+
+
+class DataError(UserError):
+    """One thing wrong with one row (or one file) of data: `pairs.jsonl:12: field 'chosen': expected ...`.
+
+    `path` is printed as the user gave it; `line` counts from 1; a `line` or `field` of None is left out.
+    """
+
+    def __init__(self, path: str | Path, line: int | None, *, field: str | None, problem: str) -> None:
+        self.path, self.line, self.field, self.problem = str(path), line, field, problem
+        place = self.path if line is None else f"{self.path}:{line}"
+        super().__init__(f"{place}: {problem}" if field is None else f"{place}: field '{field}': {problem}")
+
+
+class DataErrors(UserError):
+    """Several `DataError`s of one reading, a line each, and a last line that counts them.
+
+    `more` says that reading stopped early: the rest of the data was not looked at.
+    """
+
+    def __init__(self, errors: list[DataError], more: bool) -> None:
+        self.errors, self.more = errors, more
+        count = f"{len(errors)} error{'' if len(errors) == 1 else 's'}"
+        if more:
+            count += ", the rest was not checked"
+        super().__init__("\n".join([*map(str, errors), count]))
+
+
+class TemplateError(UserError):
+    """A chat template that is missing, cannot be read or cannot render: `path: problem`."""
+
+    def __init__(self, path: str | Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+
+
+class TokenizerError(UserError):
+    """Tokenizer files that are missing, of an unknown kind or contradict each other: `path: problem`."""
+
+    def __init__(self, path: str | Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
