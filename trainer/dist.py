@@ -1,0 +1,83 @@
+"""Ranks: the sole caller of collectives. One process is the same path with a world of one and no process group."""
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's number, 0 .. world_size - 1, from torchrun's environment."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes of the run, from torchrun's environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def start() -> None:
+    """Join the process group when there is more than one rank (gloo: this version trains on CPU)."""
+    if world_size() > 1 and not torch_dist.is_initialized():
+        torch_dist.init_process_group("gloo")
+
+
+def stop() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's value on every rank."""
+    if not torch_dist.is_initialized():
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Each value summed over the ranks, in float64; every rank passes the same keys."""
+    if not torch_dist.is_initialized() or not values:
+        return values
+    keys = sorted(values)
+    tensor = torch.tensor([values[key] for key in keys], dtype=torch.float64)
+    torch_dist.all_reduce(tensor)
+    return dict(zip(keys, tensor.tolist(), strict=True))
+
+
+def max_over_ranks(value: float) -> float:
+    if not torch_dist.is_initialized():
+        return value
+    tensor = torch.tensor([value], dtype=torch.float64)
+    torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sum `.grad` of every parameter over the ranks. Losses are already divided by global counts: no averaging."""
+    if not torch_dist.is_initialized():
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            torch_dist.all_reduce(parameter.grad)
+
+
+def first_failure(message: str | None) -> str | None:
+    """The message of the lowest rank that has one; None when no rank has. So all ranks stop together."""
+    if not torch_dist.is_initialized():
+        return message
+    messages: list[str | None] = [None] * world_size()
+    torch_dist.all_gather_object(messages, message)
+    return next((text for text in messages if text is not None), None)

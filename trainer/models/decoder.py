@@ -1,0 +1,138 @@
+"""A decoder of the Llama family on streams. One entry: `model(stream, output=...)`.
+
+Module names are Hugging Face's, less the leading "model.", so a weight's name says where it comes from.
+Letters: T tokens of the stream, N scored tokens, D width, V vocabulary, H query heads, K key-value heads, h head width.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.linear_logps import linear_logps
+from kernels.rms_norm import rms_norm
+from kernels.rope import apply_rope
+from kernels.swiglu import swiglu
+from trainer.batch import GroupLayout, Stream
+from trainer.models.attention import additive_masks, stream_attention
+from trainer.models.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, width, bias=bias)
+
+    def forward(self, x_TD: Tensor, shared: "SharedByLayers") -> Tensor:
+        q_THh = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        k_TKh = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        v_TKh = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        q_THh = apply_rope(q_THh, shared.cos, shared.sin)
+        k_TKh = apply_rope(k_TKh, shared.cos, shared.sin)
+        out_THh = stream_attention(q_THh, k_TKh, v_TKh, shared.layout, shared.masks)
+        return self.o_proj(out_THh.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TD: Tensor, shared: "SharedByLayers") -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), shared)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class SharedByLayers:
+    """What every layer of one forward needs of the stream: rotary tables (T, h / 2) float32, layout, masks."""
+
+    def __init__(self, stream: Stream, config: ModelConfig) -> None:
+        angles = torch.outer(stream.positions.float(), rope_frequencies(config).to(stream.positions.device))
+        self.cos, self.sin = angles.cos(), angles.sin()
+        self.layout: tuple[GroupLayout, ...] = stream.layout
+        self.masks = additive_masks(stream.layout)
+
+
+class Decoder(nn.Module):
+    """Token ids in, log-probs (or states, or logits) of a stream out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.checkpoint_blocks = False
+        self.stash_logits = False
+        self.kernel_impl = "auto"
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D); the embedding itself when the head is tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, stream: Stream, output: Literal["logps", "hidden", "logits"] = "logps") -> Tensor:
+        """logps: (N,) float32 nats of the scored tokens. hidden: (T, D) after the final norm. logits: (T, V), for tests
+        and inspection only: training never builds them.
+        """
+        shared = SharedByLayers(stream, self.config)
+        x_TD = self.embed_tokens(stream.tokens)
+        for layer in self.layers:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x_TD = checkpoint(layer, x_TD, shared, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TD = layer(x_TD, shared)
+        if output == "logps":
+            hidden_ND = self.norm(x_TD.index_select(0, stream.score_index))
+            targets = stream.score_targets
+            return linear_logps(hidden_ND, self.head_weight, targets, stash=self.stash_logits, impl=self.kernel_impl)
+        hidden_TD = self.norm(x_TD)
+        return hidden_TD if output == "hidden" else F.linear(hidden_TD, self.head_weight)
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """(h / 2,) float32 radians a position (Su et al. 2021, eq. 15; Llama 3's stretching of the slow ones)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    wavelength = 2 * math.pi / frequencies
+    # turns within the original context: below low_freq_factor fully stretched, above high_freq_factor untouched
+    turns = scaling.original_max_position_embeddings / wavelength
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return blend * frequencies + (1 - blend) * frequencies / scaling.factor

@@ -1,0 +1,122 @@
+"""Weights between a `Decoder` and Hugging Face safetensors folders, one tensor at a time in both directions."""
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from trainer.errors import ModelError
+from trainer.models.config import ModelConfig
+from trainer.models.decoder import Decoder
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
+
+
+def load_decoder(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The model of a Hugging Face folder with parameters in `dtype`. Raises ModelError naming file and tensor."""
+    config = ModelConfig.from_folder(folder)
+    with torch.device("meta"):
+        model = Decoder(config)
+    load_weights(model, folder, dtype=dtype)
+    return model
+
+
+def hf_name(name: str) -> str:
+    """A decoder's parameter name as Hugging Face writes it."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def load_weights(model: nn.Module, folder: str | Path, *, dtype: torch.dtype) -> None:
+    """Replace every parameter of `model` (which may be on the meta device) by the folder's tensor of that name."""
+    wanted = {hf_name(name): name for name, _ in model.named_parameters()}
+    seen = set()
+    for path, name, tensor in iter_weights(folder):
+        if name not in wanted:
+            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+                continue  # a tied head stored twice, or a constant that old exports carry
+            raise ModelError(path, f"tensor {name!r} is not part of this model; config.json does not fit the weights")
+        owner, _, leaf = wanted[name].rpartition(".")
+        module = model.get_submodule(owner)
+        expected = getattr(module, leaf)
+        if expected.shape != tensor.shape:
+            raise ModelError(
+                path, f"tensor {name!r} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ModelError(path, f"tensor {name!r} has dtype {tensor.dtype}; a floating-point tensor is needed")
+        setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=expected.requires_grad))
+        seen.add(name)
+    missing = sorted(wanted.keys() - seen)
+    if missing:
+        raise ModelError(folder, f"{len(missing)} tensors are missing, the first is {missing[0]!r}; download it again")
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The folder's safetensors files: the index's shards, or the single file. Raises ModelError."""
+    folder = Path(folder)
+    index = folder / INDEX_FILE
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(index, f"is not a safetensors index ({error!r}); copy the file again") from None
+    elif (folder / SINGLE_FILE).is_file():
+        names = [SINGLE_FILE]
+    else:
+        raise ModelError(folder, f"neither {SINGLE_FILE} nor {INDEX_FILE} in it; only safetensors weights are read")
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelError(folder / name, f"is named by {INDEX_FILE} but is not there; download it again")
+    return [folder / name for name in names]
+
+
+def iter_weights(folder: str | Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """(file, Hugging Face name, tensor) for every tensor of the folder, one in memory at a time."""
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    yield path, name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(path, f"is not a whole safetensors file ({error}); copy it again") from None
+
+
+def write_safetensors(
+    path: str | Path, tensors: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype | None = None
+) -> None:
+    """Write named tensors to one safetensors file, holding one converted tensor at a time.
+
+    `safetensors.torch.save_file` and torch's own Hugging Face writer build the whole file in memory first: a second
+    copy of weights and optimizer. Tensors must be contiguous once converted; `dtype` converts floating-point ones.
+    """
+    entries = list(tensors)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in entries:
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        size = tensor.numel() * kind.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[kind], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for _, tensor in entries:
+            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            data = tensor.detach().to(device="cpu", dtype=kind).contiguous()
+            file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+        file.flush()

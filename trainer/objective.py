@@ -1,0 +1,223 @@
+"""From token log-probs of a stream to the step's loss and metrics, for every training objective.
+
+Losses are sums divided by counts of the whole global batch, so micro-batches and ranks add up exactly. The counts
+follow from the plan alone: no forward and no collective is needed to know them.
+
+Letters: N scored tokens, S segments, P pairs. A pair owns three segments: prompt, chosen, rejected.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_tools.encode import Group
+from trainer import losses
+from trainer.batch import Stream
+from trainer.config import LossConfig
+from trainer.losses import PairLengths, PairLogps
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a global batch's sums are divided by: weighted pairs (or examples), weighted tokens of the NLL term, and
+    the plain number of pairs for metrics."""
+
+    weight: float
+    nll_tokens: float
+    groups: int
+
+
+@dataclass(frozen=True)
+class Terms:
+    """One micro-batch: `loss` (scalar, float32) carries the gradient; `sums` are detached scalars to add up over
+    micro-batches and ranks, named as the metrics and already divided by the step's counts."""
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+
+
+class Objective:
+    """One training objective: `dpo`, `orpo`, `simpo`, `cpo` or `sft` with its loss settings."""
+
+    def __init__(self, name: str, config: LossConfig) -> None:
+        self.name = name
+        self.config = config
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.name == "dpo"
+
+    @property
+    def is_pairwise(self) -> bool:
+        return self.name != "sft"
+
+    @property
+    def scores_prompt(self) -> bool:
+        """ORPO's NLL runs over prompt and chosen completion, as in its paper, unless told otherwise."""
+        return self.name == "orpo" and self.config.orpo_nll == "full"
+
+    def count(self, groups: Iterable[Group]) -> Counts:
+        """Counts of a global batch: give it all groups of the step, over all ranks."""
+        weight = nll_tokens = 0.0
+        number = 0
+        for group in groups:
+            weight += group.weight
+            scored = sum(stop - start for start, stop in group.spans[1])
+            if group.lengths[0] == 0 and group.spans[1] and group.spans[1][0][0] == 0:
+                scored -= 1  # no token predicts the first one
+            if self.scores_prompt:
+                scored += max(0, group.lengths[0] - 1)
+            nll_tokens += group.weight * scored
+            number += 1
+        return Counts(weight, nll_tokens, number)
+
+    def terms(
+        self, token_logps: Tensor, ref_token_logps: Tensor | None, stream: Stream, weights: Tensor, counts: Counts
+    ) -> Terms:
+        """Loss and metric sums of one micro-batch.
+
+        token_logps: (N,) float32 of the policy; ref_token_logps: (N,) float32, only for `dpo`. weights: (groups,)
+        float32. counts: of the whole global batch.
+        """
+        if self.name == "sft":
+            return self._sft(token_logps, stream, weights, counts)
+        policy, lengths = self._pairs(token_logps, stream)
+        if self.name == "dpo":
+            reference, _ = self._pairs(ref_token_logps, stream)
+            return self._dpo(policy, reference, lengths, weights, counts)
+        if self.name == "orpo":
+            return self._orpo(policy, lengths, token_logps, stream, weights, counts)
+        return self._without_reference(policy, lengths, weights, counts)
+
+    def _pairs(self, token_logps: Tensor, stream: Stream) -> tuple[PairLogps, PairLengths]:
+        """Sums of chosen and rejected; with `ld_alpha` the tail beyond the shorter completion counts less."""
+        tokens_P3 = stream.segment_tokens.view(-1, 3)
+        lengths = PairLengths(chosen=tokens_P3[:, 1].float(), rejected=tokens_P3[:, 2].float())
+        if self.config.ld_alpha is None or self.name != "dpo":
+            sums = losses.segment_sums(token_logps, stream.score_segments, stream.num_segments)
+        else:
+            shared = tokens_P3[:, 1:].amin(dim=1).repeat_interleave(3)
+            sums = losses.ld_logps(
+                token_logps,
+                stream.score_segments,
+                stream.score_ranks,
+                shared,
+                stream.num_segments,
+                self.config.ld_alpha,
+            )
+        sums_P3 = sums.view(-1, 3)
+        return PairLogps(chosen=sums_P3[:, 1], rejected=sums_P3[:, 2]), lengths
+
+    def _dpo(
+        self, policy: PairLogps, reference: PairLogps, lengths: PairLengths, weights: Tensor, counts: Counts
+    ) -> Terms:
+        config = self.config
+        total = policy.chosen.new_zeros(())
+        sums = {}
+        for index, loss_type in enumerate(config.loss_type):
+            per_pair = losses.preference_loss(
+                loss_type,
+                policy,
+                reference,
+                lengths,
+                beta=config.beta,
+                label_smoothing=config.label_smoothing,
+                f_divergence=config.f_divergence,
+                f_alpha_divergence_coef=config.f_alpha_divergence_coef,
+                discopop_tau=config.discopop_tau,
+            )
+            by_tokens = loss_type in losses.NORMALISED_BY_TOKENS
+            term = (per_pair * weights).sum() / (counts.nll_tokens if by_tokens else counts.weight)
+            if by_tokens:
+                sums["nll_loss"] = term
+            total = total + (1.0 if config.loss_weights is None else config.loss_weights[index]) * term
+        chosen = config.beta * (policy.chosen - reference.chosen)
+        rejected = config.beta * (policy.rejected - reference.rejected)
+        return self._finish(total, sums, chosen, rejected, policy, lengths, counts)
+
+    def _orpo(
+        self,
+        policy: PairLogps,
+        lengths: PairLengths,
+        token_logps: Tensor,
+        stream: Stream,
+        weights: Tensor,
+        counts: Counts,
+    ) -> Terms:
+        mean = PairLogps(chosen=policy.chosen / lengths.chosen, rejected=policy.rejected / lengths.rejected)
+        log_sigmoid, log_odds = losses.orpo_odds_term(mean.chosen, mean.rejected)
+        likelihood = policy.chosen
+        if self.scores_prompt:
+            sums = losses.segment_sums(token_logps, stream.score_segments, stream.num_segments)
+            likelihood = likelihood + sums.view(-1, 3)[:, 0]
+        nll = -(likelihood * weights).sum() / counts.nll_tokens
+        loss = nll - self.config.beta * (log_sigmoid * weights).sum() / counts.weight
+        sums = {
+            "nll_loss": nll,
+            "log_odds_ratio": log_sigmoid.sum() / counts.groups,
+            "log_odds_chosen": log_odds.sum() / counts.groups,
+        }
+        rewards = (self.config.beta * mean.chosen, self.config.beta * mean.rejected)
+        return self._finish(loss, sums, *rewards, policy, lengths, counts)
+
+    def _without_reference(self, policy: PairLogps, lengths: PairLengths, weights: Tensor, counts: Counts) -> Terms:
+        config = self.config
+        if self.name == "simpo":
+            per_pair = losses.simpo_loss(
+                policy, lengths, beta=config.beta, gamma=config.simpo_gamma, label_smoothing=config.label_smoothing
+            )
+            loss, sums = (per_pair * weights).sum() / counts.weight, {}
+            rewards = (
+                config.beta * policy.chosen / lengths.chosen,
+                config.beta * policy.rejected / lengths.rejected,
+            )
+        else:
+            per_pair = losses.cpo_loss(
+                policy,
+                beta=config.beta,
+                loss_type=config.loss_type[0],
+                label_smoothing=config.label_smoothing,
+                lengths=lengths,
+            )
+            nll = -(policy.chosen * weights).sum() / counts.nll_tokens
+            loss = (per_pair * weights).sum() / counts.weight + config.cpo_alpha * nll
+            sums = {"nll_loss": nll}
+            rewards = (config.beta * policy.chosen, config.beta * policy.rejected)
+        return self._finish(loss, sums, *rewards, policy, lengths, counts)
+
+    def _sft(self, token_logps: Tensor, stream: Stream, weights: Tensor, counts: Counts) -> Terms:
+        per_token = weights.index_select(0, stream.score_segments // 2)  # two segments a group: prompt, completion
+        loss = -(token_logps.double() * per_token).sum().float() / counts.nll_tokens
+        return Terms(loss, {"loss": loss.detach(), "nll_loss": loss.detach()})
+
+    def _finish(
+        self,
+        loss: Tensor,
+        sums: dict[str, Tensor],
+        chosen_reward: Tensor,
+        rejected_reward: Tensor,
+        policy: PairLogps,
+        lengths: PairLengths,
+        counts: Counts,
+    ) -> Terms:
+        """Add the metrics every pairwise objective reports; means over the pairs of the global batch."""
+        per_pair = {
+            "rewards/chosen": chosen_reward,
+            "rewards/rejected": rejected_reward,
+            "rewards/accuracies": (chosen_reward > rejected_reward).float(),
+            "rewards/margins": chosen_reward - rejected_reward,
+            "logps/chosen": policy.chosen,
+            "logps/rejected": policy.rejected,
+            "lengths/chosen": lengths.chosen,
+            "lengths/rejected": lengths.rejected,
+        }
+        means = {name: values.double().sum() / counts.groups for name, values in per_pair.items()}
+        detached = {name: value.detach().double() for name, value in ({"loss": loss} | sums | means).items()}
+        return Terms(loss, detached)
+
+
+def group_weights(groups: Iterable[Group]) -> Tensor:
+    """(groups,) float32 weights of a micro-batch's rows."""
+    return torch.tensor([group.weight for group in groups], dtype=torch.float32)

@@ -1,0 +1,93 @@
+"""AdamW on float32 master weights, learning-rate schedules, clipping.
+
+With bf16 compute the model's parameters are bf16 working copies; masters, gradients and moments stay float32. Each
+parameter's bf16 gradient is added to its float32 gradient the moment autograd has it, and freed.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterWeights:
+    """Float32 masters of a model's trainable parameters, and their float32 gradients.
+
+    For a float32 model (or `pure=True`) the masters are the parameters themselves.
+    """
+
+    def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype, pure: bool = False) -> None:
+        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._working = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.same = pure or compute_dtype == torch.float32
+        if self.same:
+            self.masters = self._working
+            return
+        self.masters = [nn.Parameter(parameter.detach().float()) for parameter in self._working]
+        self._fresh = [True] * len(self.masters)
+        for index, (working, master) in enumerate(zip(self._working, self.masters, strict=True)):
+            working.data = working.data.to(compute_dtype)
+            master.grad = torch.zeros_like(master)
+            working.register_post_accumulate_grad_hook(lambda parameter, index=index: self._take(parameter, index))
+
+    def _take(self, working: Tensor, index: int) -> None:
+        grad = self.masters[index].grad
+        if self._fresh[index]:
+            grad.copy_(working.grad)
+            self._fresh[index] = False
+        else:
+            grad.add_(working.grad)
+        working.grad = None
+
+    def zero_grad(self) -> None:
+        """Forget the gradients; float32 buffers of a bf16 run stay allocated and are overwritten."""
+        if self.same:
+            for parameter in self.masters:
+                parameter.grad = None
+        else:
+            self._fresh = [True] * len(self.masters)
+
+    def finish_backward(self) -> None:
+        """After a step's last backward: a parameter that got no gradient gets zeros (every rank has every gradient)."""
+        for index, parameter in enumerate(self.masters):
+            if self.same and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            elif not self.same and self._fresh[index]:
+                parameter.grad.zero_()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write the masters into the working copies; once a step."""
+        if not self.same:
+            for working, master in zip(self._working, self.masters, strict=True):
+                working.copy_(master)
+
+    def named(self) -> list[tuple[str, Tensor]]:
+        return list(zip(self.names, self.masters, strict=True))
+
+
+@torch.no_grad()
+def clip_by_global_norm(parameters: list[Tensor], max_norm: float) -> float:
+    """Scale all gradients so that their joint 2-norm is at most `max_norm` (0: only measure); returns the norm before."""
+    squares = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).double() ** 2 for parameter in parameters]
+    norm = math.sqrt(torch.stack(squares).sum().item())
+    # the small constant is the one of torch.nn.utils.clip_grad_norm_, so that numbers compare
+    if max_norm > 0 and math.isfinite(norm) and norm > max_norm:
+        torch._foreach_mul_([parameter.grad for parameter in parameters], max_norm / (norm + 1e-6))
+    return norm
+
+
+def learning_rate_at(step: int, *, peak: float, schedule: str, total_steps: int, warmup_ratio: float) -> float:
+    """Learning rate of update number `step` (0-based): warm-up from 0, then constant, linear to 0 or cosine to 0.
+
+    The same values as transformers' schedules at the same warm-up steps (ceil(ratio * total)).
+    """
+    warmup = math.ceil(warmup_ratio * total_steps)
+    if step < warmup:
+        return peak * step / max(1, warmup)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return peak * max(0.0, 1.0 - progress)
+    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
