@@ -1,0 +1,362 @@
+"""Every key of a run's configuration with its meaning, default and range. Import it from `trainer.config`.
+
+The string under a field is its documentation: `--help` prints it. Sections check themselves when they are made, so a
+`Config` in hand is a valid one; what one key means for another is checked in `Config`. Imports no torch.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_type_hints
+
+from trainer.config_values import nearest, typed
+from trainer.errors import ConfigError
+
+LOSS_TYPES = (
+    "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft",
+)  # fmt: skip
+"""Losses of objective dpo. These tables repeat trainer.losses, which needs torch; a test holds them together."""
+CPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo")
+SMOOTHED_LOSS_TYPES = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
+F_DIVERGENCE_LOSS_TYPES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+SORTING_LOSS_TYPES = ("aot", "aot_unpaired")
+
+LOSS_KEYS = {
+    "dpo": {
+        "loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence", "f_alpha_divergence_coef", "ld_alpha",
+        "discopop_tau",
+    },
+    "orpo": {"beta", "orpo_nll"},
+    "simpo": {"beta", "simpo_gamma", "label_smoothing"},
+    "cpo": {"beta", "cpo_alpha", "loss_type", "label_smoothing"},
+    "sft": set(),
+}  # fmt: skip
+"""The keys of [loss] that each objective uses; setting another one is an error, not silence."""
+
+
+class Section:
+    """A table of the TOML file. Making one brings every value to its field's type and checks the ranges."""
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for name, hint in section_hints(type(self)).items():
+            object.__setattr__(self, name, typed(f"{self.section}.{name}", getattr(self, name), hint))
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError where a value is out of its range."""
+
+    def require(self, condition: object, name: str, problem: str) -> None:
+        """Raise ConfigError about the key `name` of this section unless `condition` is true."""
+        if not condition:
+            raise ConfigError(f"{self.section}.{name}", getattr(self, name), problem)
+
+    def require_at_least(self, least: int, *names: str) -> None:
+        """Raise ConfigError about the first of these keys whose value is set and below `least`."""
+        for name in names:
+            value = getattr(self, name)
+            self.require(value is None or value >= least, name, f"must be {least} or more")
+
+
+def section_hints(cls: type[Any]) -> dict[str, Any]:
+    """The keys of a section with their types, in the order of the source."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def section_defaults(cls: type[Any]) -> dict[str, Any]:
+    """The keys of a section with their defaults; `dataclasses.MISSING` where the user has to say."""
+    return {field.name: field.default for field in fields(cls)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The model that is trained."""
+
+    section = "model"
+
+    path: str
+    """Hugging Face folder of the starting model: config.json, *.safetensors, tokenizer files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Files of pairs (or of single answers for sft) and how they become tokens."""
+
+    section = "data"
+
+    train: tuple[str, ...]
+    """JSON Lines files to train on (.jsonl or .jsonl.gz)."""
+    eval: tuple[str, ...] = ()
+    """JSON Lines files of held-out rows."""
+    max_length: int = 1024
+    """Most tokens of a prompt with its longest completion."""
+    overlong: Literal["drop", "truncate_prompt_left", "truncate_completion"] = "drop"
+    """What becomes of a row beyond data.max_length; counts are reported."""
+    chat_template: str | None = None
+    """A jinja file used instead of the model's own chat template."""
+    cache_dir: str | None = None
+    """Where tokenized data is kept; none: the user's cache folder."""
+    lint: bool = True
+    """Look before training for what a model could learn instead of the content: length, case, duplicates, leaks."""
+
+    def check(self) -> None:
+        self.require(len(self.train) > 0, "train", "must name at least one file")
+        self.require_at_least(2, "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """What is optimised, in which steps and with which arithmetic."""
+
+    section = "train"
+
+    objective: Literal["dpo", "orpo", "simpo", "cpo", "sft"] = "dpo"
+    """The training objective; dpo has variants, see loss.loss_type."""
+    global_batch: int = 8
+    """Pairs (rows for sft) of one optimizer step, over all ranks and micro-batches."""
+    tokens_per_microbatch: int = 4096
+    """Most tokens of one forward pass on one rank; lower it when memory runs out, the result stays the same."""
+    max_steps: int | None = None
+    """Optimizer steps; none: as many as train.epochs needs. Wins over train.epochs where both are set."""
+    epochs: int = 1
+    """Passes over the training data."""
+    learning_rate: float = 1e-6
+    """Highest learning rate, reached after the warm-up."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up: down to 0 at the last step, or constant."""
+    warmup_ratio: float = 0.0
+    """Share of the steps over which the learning rate rises from 0; 0 to 1."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the gradient average."""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the squared-gradient average."""
+    adam_epsilon: float = 1e-8
+    """AdamW's guard against division by 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+    dtype: Literal["float32", "bf16", "pure_bf16"] = "bf16"
+    """bf16: computes in bfloat16 on float32 master weights; pure_bf16: weights and optimizer in bfloat16 as well."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full: recompute each layer in the backward pass, less memory for about a third more time."""
+    seed: int = 42
+    """Decides the order of the data and every random number of the run."""
+    deterministic: bool = True
+    """Use only algorithms that give the same bits in every run."""
+
+    def check(self) -> None:
+        self.require_at_least(1, "global_batch", "tokens_per_microbatch", "max_steps", "epochs")
+        self.require_at_least(0, "learning_rate", "weight_decay", "max_grad_norm", "seed")
+        self.require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "must be from 0 to 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            self.require(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
+        self.require(self.adam_epsilon > 0, "adam_epsilon", "must be > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """The loss of the objective. A key that the chosen loss does not use must keep its default."""
+
+    section = "loss"
+
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    """Variant of dpo (docs/losses.md lists them) or of cpo (sigmoid, hinge, ipo); dpo adds up several."""
+    loss_weights: tuple[float, ...] | None = None
+    """One weight for each loss of loss.loss_type; none: 1 each."""
+    beta: float = 0.1
+    """Tie to the reference (dpo), scale of the margin (simpo, cpo), weight of the odds-ratio term (orpo)."""
+    label_smoothing: float = 0.0
+    """Share of pairs taken to be labelled the wrong way round; at least 0 and below 0.5."""
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """Divergence that ties the policy to the reference (dpo)."""
+    f_alpha_divergence_coef: float = 0.5
+    """Coefficient of alpha_divergence."""
+    ld_alpha: float | None = None
+    """LD-DPO: weight of the tokens past the shorter completion's length, 0 to 1; none: plain sums."""
+    discopop_tau: float = 0.05
+    """Temperature of the discopop loss, above 0 and at most 1."""
+    orpo_nll: Literal["full", "completion"] = "full"
+    """Tokens in ORPO's likelihood term: prompt and chosen (paper, TRL) or chosen alone."""
+    simpo_gamma: float = 0.5
+    """Margin that SimPO asks for."""
+    cpo_alpha: float = 1.0
+    """Weight of CPO's likelihood term."""
+
+    def check(self) -> None:
+        self.require(len(self.loss_type) > 0, "loss_type", "must name at least one loss")
+        for name in self.loss_type:
+            known = ", ".join(LOSS_TYPES)
+            hint = f"unknown loss '{name}', did you mean {nearest(name, LOSS_TYPES)}? Known: {known}"
+            self.require(name in LOSS_TYPES, "loss_type", hint)
+        self.require(len(set(self.loss_type)) == len(self.loss_type), "loss_type", "names a loss twice")
+        weights = self.loss_weights
+        if weights is not None:
+            counts = f"has {len(weights)} weights for the {len(self.loss_type)} losses of loss.loss_type"
+            self.require(len(weights) == len(self.loss_type), "loss_weights", counts)
+            self.require(min(weights) >= 0 and max(weights) > 0, "loss_weights", "must be 0 or more, one above 0")
+        self.require(self.beta > 0, "beta", "must be > 0")
+        self.require(0 <= self.label_smoothing < 0.5, "label_smoothing", "must be at least 0 and below 0.5")
+        self.require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "ld_alpha", "must be from 0 to 1")
+        self.require(0 < self.discopop_tau <= 1, "discopop_tau", "must be above 0 and at most 1")
+        self.require_at_least(0, "simpo_gamma", "cpo_alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig(Section):
+    """The frozen model that dpo holds the policy to."""
+
+    section = "reference"
+
+    mode: Literal["cache", "model"] = "cache"
+    """cache: score each completion once and keep the numbers on disk; model: a frozen copy in memory."""
+    path: str | None = None
+    """Hugging Face folder of the reference; none: model.path."""
+    cache_dir: str | None = None
+    """Where reference log-probs are kept; none: the user's cache folder."""
+    cache_file: str | None = None
+    """One cache file to use; refused if other weights or settings made it."""
+    check_rows: int = 4
+    """Rows scored anew at the start and compared with the cache; 0: none."""
+
+    def check(self) -> None:
+        self.require_at_least(0, "check_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig(Section):
+    """How the operators are computed."""
+
+    section = "kernels"
+
+    impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """auto: triton on a GPU, the CPU path elsewhere; reference: plain PyTorch."""
+    stash: bool = False
+    """Keep the head's logits between forward and backward: faster, for 2 bytes a vocabulary entry and scored token."""
+    matmul: Literal["auto", "highest", "medium"] = "auto"
+    """Precision inside float32 matrix products; auto: the faster one, measured once and kept for the whole run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Section):
+    """Evaluation on the held-out rows of data.eval."""
+
+    section = "eval"
+
+    every: int = 0
+    """Steps between evaluations; 0: only at the end."""
+    max_pairs: int | None = None
+    """Evaluate on the first so many rows; none: on all."""
+
+    def check(self) -> None:
+        self.require_at_least(0, "every")
+        self.require_at_least(1, "max_pairs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """What a run can be resumed from."""
+
+    section = "checkpoint"
+
+    every: int = 500
+    """Steps between checkpoints; the last step always leaves one."""
+    keep_last: int = 2
+    """Older checkpoints than the last so many are removed."""
+
+    def check(self) -> None:
+        self.require_at_least(1, "every", "keep_last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """The run's folder and what is written there."""
+
+    section = "run"
+
+    dir: str = "runs/default"
+    """Folder of config.toml, metrics.jsonl, checkpoints/ and export/."""
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint in run.dir; never: start at step 0; or a checkpoint's path."""
+    log_every: int = 1
+    """Steps between rows of metrics.jsonl."""
+    progress: bool = True
+    """Show a progress bar on a terminal."""
+    tensorboard: Literal["auto", "on", "off"] = "auto"
+    """Write TensorBoard files; auto: if it is installed."""
+    threads: int | None = None
+    """CPU threads of one rank; none: PyTorch's choice."""
+    export: bool = True
+    """Leave the trained model in run.dir/export as a Hugging Face folder."""
+
+    def check(self) -> None:
+        self.require_at_least(1, "log_every", "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistConfig(Section):
+    """Several ranks."""
+
+    section = "dist"
+
+    grad_sync: Literal["every", "last"] = "every"
+    """Reduce gradients after every micro-batch (least memory) or after the last of a step (less traffic)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole, valid configuration; what keys of different sections mean for each other is checked here."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    loss: LossConfig = LossConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = RunConfig()
+    dist: DistConfig = DistConfig()
+
+    def __post_init__(self) -> None:
+        objective = self.train.objective
+        for name, default in section_defaults(LossConfig).items():
+            used = name in LOSS_KEYS[objective] or getattr(self.loss, name) == default
+            self.loss.require(used, name, f"is not used by train.objective = {objective}; leave it out")
+        if objective == "dpo":
+            self._check_dpo()
+        if objective == "cpo":
+            self._check_cpo()
+        if objective != "dpo":
+            for name in ("path", "cache_file"):
+                unused = f"train.objective = {objective} has no reference; leave it out"
+                self.reference.require(getattr(self.reference, name) is None, name, unused)
+        self.eval.require(self.eval.every == 0 or self.data.eval, "every", "needs data.eval, the held-out files")
+
+    def _check_dpo(self) -> None:
+        loss, names = self.loss, set(self.loss.loss_type)
+        smoothed = f"only used by {', '.join(SMOOTHED_LOSS_TYPES)}; leave it out"
+        loss.require(not loss.label_smoothing or names & set(SMOOTHED_LOSS_TYPES), "label_smoothing", smoothed)
+        exo = "must be > 0 for exo_pair, which takes its logarithm (its paper uses 0.001)"
+        loss.require("exo_pair" not in names or loss.label_smoothing > 0, "label_smoothing", exo)
+        undefined = sorted(names - set(F_DIVERGENCE_LOSS_TYPES))
+        other = f"is not defined for loss.loss_type {', '.join(undefined)}; use reverse_kl"
+        loss.require(loss.f_divergence == "reverse_kl" or not undefined, "f_divergence", other)
+        for name, user, in_use in (
+            ("discopop_tau", "loss.loss_type = discopop", "discopop" in names),
+            (
+                "f_alpha_divergence_coef",
+                "loss.f_divergence = alpha_divergence",
+                loss.f_divergence == "alpha_divergence",
+            ),
+        ):
+            default = section_defaults(LossConfig)[name]
+            loss.require(in_use or getattr(loss, name) == default, name, f"only used with {user}; leave it out")
+
+    def _check_cpo(self) -> None:
+        loss = self.loss
+        known = len(loss.loss_type) == 1 and loss.loss_type[0] in CPO_LOSS_TYPES
+        loss.require(known, "loss_type", f"train.objective = cpo takes one of {', '.join(CPO_LOSS_TYPES)}")
+        smoothed = not loss.label_smoothing or loss.loss_type == ("sigmoid",)
+        loss.require(smoothed, "label_smoothing", "train.objective = cpo uses it with loss.loss_type = sigmoid only")
