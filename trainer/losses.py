@@ -9,7 +9,7 @@ of chosen and rejected, d = a - b, s the logistic function, eps the label smooth
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import Parameter, signature
@@ -327,25 +327,6 @@ def cpo_loss(
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
-
-
-def check_loss_options(
-    loss_types: Sequence[str],
-    *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    f_divergence: str = "reverse_kl",
-    discopop_tau: float = 0.05,
-) -> None:
-    """Raise UserError unless every loss can take these options and at least one uses label_smoothing when it is set."""
-    for name in loss_types:
-        _check_loss(name, beta, label_smoothing, f_divergence, discopop_tau)
-    smoothing_losses = [name for name, options in LOSS_OPTIONS.items() if "label_smoothing" in options]
-    if label_smoothing and not set(loss_types) & set(smoothing_losses):
-        raise UserError(
-            f"label_smoothing = {label_smoothing}: {', '.join(loss_types)} does not use it; "
-            f"set it to 0 or choose from {', '.join(smoothing_losses)}"
-        )
 
 
 def _check_loss(name: str, beta: float, label_smoothing: float, f_divergence: str, discopop_tau: float) -> None:
