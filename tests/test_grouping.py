@@ -49,6 +49,7 @@ def test_a_fresh_process_with_another_hash_seed_plans_the_same():
 
 
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(0, 2**40), st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
 def test_an_epoch_is_a_permutation_whatever_the_batch_size(num_groups, global_batch, seed, epoch):
     of = {"seed": seed, "digest": "d", "epoch": epoch}
     order = epoch_of(num_groups, global_batch, **of)
@@ -108,7 +109,7 @@ def test_a_rank_without_a_group_still_takes_part():
 
 
 @given(TOKENS, BUDGETS, WORLDS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_cuts_are_a_partition_within_the_budget(tokens, budget, world_size):
     ranks = cut_for_all(tokens, budget, world_size)
     assert sorted(i for rank in ranks for run in rank for i in run) == list(range(len(tokens)))
@@ -121,14 +122,14 @@ def test_cuts_are_a_partition_within_the_budget(tokens, budget, world_size):
 
 
 @given(TOKENS, BUDGETS, WORLDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_ranks_differ_by_at_most_the_longest_group(tokens, budget, world_size):
     loads = [sum(tokens[i] for run in rank for i in run) for rank in cut_for_all(tokens, budget, world_size)]
     assert max(loads) - min(loads) <= max(tokens, default=0)
 
 
 @given(TOKENS, BUDGETS, WORLDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_like_lengths_sit_together(tokens, budget, world_size):
     for rank in cut_for_all(tokens, budget, world_size):
         lengths = [tokens[i] for run in rank for i in run]
@@ -136,14 +137,14 @@ def test_like_lengths_sit_together(tokens, budget, world_size):
 
 
 @given(TOKENS, BUDGETS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_there_are_few_micro_batches(tokens, budget):
     """Two neighbours never fit into one budget, so there are at most 2 x tokens / budget, and one."""
     assert len(cut_for_all(tokens, budget, world_size=1)[0]) <= 2 * sum(tokens) / budget + 1
 
 
 @given(TOKENS, BUDGETS, WORLDS, st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_order_of_arrival_does_not_matter(tokens, budget, world_size, rng: random.Random):
     indices = list(range(100, 100 + len(tokens)))
     shuffled = rng.sample(indices, len(indices))
