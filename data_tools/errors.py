@@ -5,6 +5,9 @@ Commands catch `UserError`, print it and exit with code 2; any other exception i
 
 from pathlib import Path
 
+MAX_ERRORS = 20
+"""So many are collected before reading stops: enough to see the pattern, few enough to read."""
+
 
 class UserError(ValueError):
     """Base of everything a user can cause and mend; `str()` is the whole message."""
@@ -19,7 +22,8 @@ class DataError(UserError):
     def __init__(self, path: str | Path, line: int | None, *, field: str | None, problem: str) -> None:
         self.path, self.line, self.field, self.problem = str(path), line, field, problem
         place = self.path if line is None else f"{self.path}:{line}"
-        super().__init__(f"{place}: {problem}" if field is None else f"{place}: field '{field}': {problem}")
+        said = _one_line(problem if field is None else f"field '{field}': {problem}")
+        super().__init__(f"{place}: {said}")
 
 
 class DataErrors(UserError):
@@ -40,11 +44,16 @@ class TemplateError(UserError):
     """A chat template that is missing, cannot be read or cannot render: `path: problem`."""
 
     def __init__(self, path: str | Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
+        super().__init__(f"{path}: {_one_line(problem)}")
 
 
 class TokenizerError(UserError):
     """Tokenizer files that are missing, of an unknown kind or contradict each other: `path: problem`."""
 
     def __init__(self, path: str | Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
+        super().__init__(f"{path}: {_one_line(problem)}")
+
+
+def _one_line(text: str) -> str:
+    """Characters that would break the line or steer a terminal are spelt out; a message may quote data."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
