@@ -1,13 +1,25 @@
-"""Checked rows to token ids: a `Group` is one prompt and its completions, with the spans that are scored."""
+"""Checked rows to token ids: a `Group` is one prompt and its completions, with the spans that are scored.
 
+What is scored follows from the lengths of the texts, never from a token's value: padding, EOS and end-of-turn may share
+an id. Over-long rows are dropped or cut as the options say, and counted. Nothing is written to disk here (`shards`).
+"""
+
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from data_tools.errors import UserError
+from data_tools.chat_template import ChatTemplate
+from data_tools.errors import MAX_ERRORS, DataError, DataErrors, TemplateError, TokenizerError, UserError
+from data_tools.schema import Message, Record, Text
+from data_tools.tokenizer import Tokenizer
 
 OVERLONG = ("drop", "truncate_prompt_left", "truncate_completion")
+CHUNK = 1024
+"""Rows rendered and tokenized together: enough for all cores, little enough memory."""
+SHOWN_IDS = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,3 +89,221 @@ class EncodeReport:
         if self.no_bos_unscored:
             out.append(f"{self.no_bos_unscored} rows have no prompt and no BOS: their first token is not scored")
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A record as text. Each completion is (text, is it scored) parts that follow one another."""
+
+    record: Record
+    prompt: str
+    completions: tuple[tuple[tuple[str, bool], ...], ...]
+    plain: bool
+    """A row of strings: BOS and EOS are ours to add."""
+
+
+@dataclass(slots=True)
+class _Branch:
+    """A completion's tokens and its scored spans."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+def encode_records(
+    records: Sequence[Record], tokenizer: Tokenizer, template: ChatTemplate | None, options: EncodeOptions
+) -> tuple[list[Group], EncodeReport]:
+    """Render, tokenize and fit every record; groups keep the records' order.
+
+    A prompt is tokenized once, and each completion goes on from its last token, so both answers of a pair have the same
+    prompt ids. What is scored follows from the lengths of texts, never from a token's value.
+    Rows of messages: a completion is all that the template prints after the generation prompt, and the template alone
+    writes BOS. Rows of strings: BOS goes before the prompt if the tokenizer puts it before plain text, EOS after each
+    completion, neither twice.
+    Raises DataErrors (up to 20) for rows that cannot be rendered or scored, TemplateError when rows of messages meet a
+    model without template, UserError when no row is left.
+    """
+    report = EncodeReport(rows=len(records))
+    groups: list[Group] = []
+    errors: list[DataError] = []
+    for start in range(0, len(records), CHUNK):
+        rendered = []
+        for record in records[start : start + CHUNK]:
+            try:
+                rendered.append(_render(record, tokenizer, template))
+            except DataError as error:
+                _collect(errors, error)
+        for row, prompt, branches in _tokenize(rendered, tokenizer):
+            try:
+                _check_scored(row.record, prompt, branches)
+            except DataError as error:
+                _collect(errors, error)
+                continue
+            group = _fit(row.record, prompt, branches, tokenizer, options, report)
+            if group is not None:
+                groups.append(group)
+    if errors:
+        raise DataErrors(errors, more=False)
+    if records and not groups:
+        problem = f"all {len(records)} rows are longer than data.max_length = {options.max_length}; raise it"
+        raise UserError(f"{problem}, or cut rows with data.overlong (now {options.overlong})")
+    return groups, report
+
+
+def _collect(errors: list[DataError], error: DataError) -> None:
+    errors.append(error)
+    if len(errors) == MAX_ERRORS:
+        raise DataErrors(errors, more=True)
+
+
+def _render(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) -> _Rendered:
+    if isinstance(record.prompt, str):
+        if tokenizer.eos_id is None:
+            problem = f"no eos_token, which rows of strings must end with (first: {record.path}:{record.line})"
+            raise TokenizerError(tokenizer.path, f"{problem}; set it in tokenizer_config.json")
+        completions = tuple(_one_part(text) for text in record.completions)
+        return _Rendered(record, record.prompt, completions, plain=True)
+    if template is None:
+        problem = f"the model has no chat template, which rows of messages need (first: {record.path}:{record.line})"
+        raise TemplateError(tokenizer.path, f"{problem}; name one with data.chat_template, or give strings")
+    try:
+        prompt = template.render(record.prompt, add_generation_prompt=True)
+        completions = tuple(_render_turns(record, prompt, _turns(text), template) for text in record.completions)
+    except TemplateError as error:
+        raise DataError(record.path, record.line, field=None, problem=str(error)) from None
+    return _Rendered(record, prompt, completions, plain=False)
+
+
+def _render_turns(
+    record: Record, prompt: str, turns: tuple[Message, ...], template: ChatTemplate
+) -> tuple[tuple[str, bool], ...]:
+    """What each turn adds to the text; the assistant's are scored, the user's end in the next generation prompt."""
+    parts: list[tuple[str, bool]] = []
+    done = prompt
+    history = list(_turns(record.prompt))
+    for message in turns:
+        history.append(message)
+        scored = message.role == "assistant"
+        text = template.render(history, add_generation_prompt=not scored)
+        if not text.startswith(done):
+            raise DataError(record.path, record.line, field=None, problem=_divergence(done, text, template, len(turns)))
+        if scored and len(text) == len(done):
+            problem = f"chat template {template.path} prints nothing for the assistant's message"
+            raise DataError(record.path, record.line, field=None, problem=problem)
+        parts.append((text[len(done) :], scored))
+        done = text
+    return tuple(parts)
+
+
+def _one_part(text: Text) -> tuple[tuple[str, bool], ...]:
+    assert isinstance(text, str), "check_record gives prompt and completions one shape"
+    return ((text, True),)
+
+
+def _turns(text: Text) -> tuple[Message, ...]:
+    assert not isinstance(text, str), "check_record gives prompt and completions one shape"
+    return text
+
+
+def _divergence(before: str, after: str, template: ChatTemplate, num_turns: int) -> str:
+    """Where a longer conversation's text stops beginning with the shorter one's, and what to do about it."""
+    at = len(os.path.commonprefix([before, after]))
+    old, new = before[max(at - 20, 0) : at + 20], after[max(at - 20, 0) : at + 20]
+    remedy = "name one that only appends with data.chat_template"
+    if num_turns > 1:
+        remedy += ", or give one row for each assistant turn"
+    return (
+        f"chat template {template.path} changes the text before the answer once the answer is there: "
+        f"{old!r} becomes {new!r} at character {at}; {remedy}"
+    )
+
+
+def _tokenize(rows: list[_Rendered], tokenizer: Tokenizer) -> list[tuple[_Rendered, list[int], list[_Branch]]]:
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    prompts = tokenizer.encode_batch([row.prompt for row in rows])
+    branches = [[_Branch([], []) for _ in row.completions] for row in rows]
+    for row, prompt in zip(rows, prompts, strict=True):
+        if row.plain and tokenizer.adds_bos and prompt[:1] != bos:
+            prompt[:0] = bos
+    most_parts = max((len(parts) for row in rows for parts in row.completions), default=0)
+    for k in range(most_parts):  # each part continues the one before, so part k of all rows makes one batch
+        todo = [
+            (row, prompt, branch, *parts[k])
+            for row, prompt, mine in zip(rows, prompts, branches, strict=True)
+            for parts, branch in zip(row.completions, mine, strict=True)
+            if k < len(parts)
+        ]
+        after = [next(reversed(branch.ids or prompt), None) for _, prompt, branch, _, _ in todo]
+        ids = tokenizer.encode_batch([text for *_, text, _ in todo], after)
+        for (row, prompt, branch, _, scored), new in zip(todo, ids, strict=True):
+            end = eos if row.plain and new and new[-1:] != eos else []
+            start = len(branch.ids) if prompt or branch.ids else 1  # nothing predicts the very first token
+            branch.ids += new + end
+            if scored and start < len(branch.ids):
+                branch.spans.append((start, len(branch.ids)))
+    return list(zip(rows, prompts, branches, strict=True))
+
+
+def _check_scored(record: Record, prompt: list[int], branches: list[_Branch]) -> None:
+    for k, branch in enumerate(branches):
+        if not branch.spans:
+            name = ("chosen", "rejected")[k] if len(branches) == 2 else "completion"
+            why = (
+                "the tokenizer makes no token of it" if prompt else "its only token has no prompt to be predicted from"
+            )
+            raise DataError(record.path, record.line, field=name, problem=f"nothing to score: {why}")
+    if len(branches) == 2 and branches[0].ids == branches[1].ids:
+        problem = "becomes the same tokens as 'chosen', nothing to prefer; remove the row"
+        raise DataError(record.path, record.line, field="rejected", problem=problem)
+
+
+def _fit(
+    record: Record,
+    prompt: list[int],
+    branches: list[_Branch],
+    tokenizer: Tokenizer,
+    options: EncodeOptions,
+    report: EncodeReport,
+) -> Group | None:
+    """The row as a group within max_length, or None where it is dropped; counts what it does in `report`."""
+    limit = options.max_length
+    longest = max(len(branch.ids) for branch in branches)
+    if limit is not None and len(prompt) + longest > limit:
+        if options.overlong == "truncate_prompt_left" and prompt and longest < limit:
+            prompt = _cut_left(prompt, limit - longest, tokenizer)
+            report.truncated_prompts += 1
+        elif options.overlong == "truncate_completion" and (cut := _cut_ends(branches, limit - len(prompt))):
+            report.truncated_completions += sum(len(a.ids) < len(b.ids) for a, b in zip(cut, branches, strict=True))
+            branches = cut
+        else:
+            report.dropped_overlong += 1
+            report.dropped_ids = (*report.dropped_ids, record.id)[:SHOWN_IDS]
+            return None
+    report.kept += 1
+    report.no_bos_unscored += not prompt
+    report.longest = max(report.longest, len(prompt) + max(len(branch.ids) for branch in branches))
+    return Group(
+        record_id=record.id,
+        ids=np.array(prompt + [i for branch in branches for i in branch.ids], dtype=np.int32),
+        lengths=(len(prompt), *(len(branch.ids) for branch in branches)),
+        spans=((), *(tuple(branch.spans) for branch in branches)),
+        weight=record.weight,
+    )
+
+
+def _cut_left(prompt: list[int], room: int, tokenizer: Tokenizer) -> list[int]:
+    """The last `room` >= 1 tokens; a model used to BOS keeps it at the front, if more than one token is left."""
+    if tokenizer.adds_bos and prompt[0] == tokenizer.bos_id and room > 1:
+        return prompt[:1] + prompt[1 - room :]
+    return prompt[-room:]
+
+
+def _cut_ends(branches: list[_Branch], room: int) -> list[_Branch] | None:
+    """Completions of at most `room` tokens; None where one has nothing scored left, or a pair nothing that differs."""
+    cut = [
+        _Branch(branch.ids[: max(room, 0)], [(start, min(end, room)) for start, end in branch.spans if start < room])
+        for branch in branches
+    ]
+    useless = len(cut) == 2 and cut[0].ids == cut[1].ids
+    return None if useless or not all(branch.spans for branch in cut) else cut
