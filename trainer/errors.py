@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_tools.errors import UserError
 
-__all__ = ["ABSENT", "CheckpointError", "ConfigError", "ModelError", "RunError", "UserError"]
+__all__ = ["ABSENT", "CheckpointError", "ConfigError", "ModelError", "RunError", "TrainingStopped", "UserError"]
 
 ABSENT = object()
 """Passed to `ConfigError` where there is no value to show; None is a value."""
@@ -40,6 +40,10 @@ class CheckpointError(_PathError):
 
 class RunError(_PathError):
     """A run folder or the machine under it: in use, not writable, full."""
+
+
+class TrainingStopped(Exception):
+    """Training ended early for a reason to be named in one line: non-finite numbers, a full disk. Exit code 1."""
 
 
 def show_value(value: object) -> str:
