@@ -131,6 +131,13 @@ def test_what_is_written_is_read_back(groups, kept, dropped, tmp_path_factory):
     assert shard.report == report
 
 
+def test_numbers_beyond_16_bits_are_kept(tmp_path):
+    lengths, spans = (40_000, 70_000), (((0, 39_999),), ((5, 6), (66_000, 70_000)))
+    group = Group("long", np.arange(110_000, dtype=np.int32) * 19_000, lengths, spans, weight=1 / 3)
+    write_shard([group], EncodeReport(), tmp_path, inputs={})
+    assert same_groups(read_shard(tmp_path, FileDigests(tmp_path / "digests.json")), [group])
+
+
 @pytest.mark.parametrize("kind", ["pair", "sft"])
 def test_a_shard_is_what_encode_records_gives(kind, open_shard, data, model_dir):
     options = EncodeOptions(kind=kind, max_length=30)
@@ -383,9 +390,9 @@ def test_processes_that_build_at_once_get_one_shard(data, model_dir, tmp_path, o
     processes = [spawn.Process(target=report_shard, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
-    results = [answers.get(timeout=60) for _ in processes]
+    results = [answers.get(timeout=30) for _ in processes]
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=30)
     assert sorted(reused for reused, _, _ in results) == [False, True, True]
     assert all(result[1:] == results[0][1:] for result in results)
     assert same_groups(open_shard(), [Group(n, np.array(i), *rest) for n, i, *rest in results[0][2]])
