@@ -285,9 +285,9 @@ def _cache_errors(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = error.strerror or f"disk full? {error}"  # numpy drops the cause of a short write
         raise UserError(
-            f"{cache}: cannot write the shard cache ({error.strerror or error}): make room or set data.cache_dir to "
-            "another folder"
+            f"{cache}: cannot write the shard cache ({reason}): make room or set data.cache_dir to another folder"
         ) from error
 
 
