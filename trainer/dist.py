@@ -74,10 +74,15 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
             torch_dist.all_reduce(parameter.grad)
 
 
+def gather_objects(value: object) -> list:
+    """Every rank's value, in rank order, on every rank."""
+    if not torch_dist.is_initialized():
+        return [value]
+    gathered: list = [None] * world_size()
+    torch_dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def first_failure(message: str | None) -> str | None:
     """The message of the lowest rank that has one; None when no rank has. So all ranks stop together."""
-    if not torch_dist.is_initialized():
-        return message
-    messages: list[str | None] = [None] * world_size()
-    torch_dist.all_gather_object(messages, message)
-    return next((text for text in messages if text is not None), None)
+    return next((text for text in gather_objects(message) if text is not None), None)

@@ -83,43 +83,38 @@ class Objective:
         """
         if self.name == "sft":
             return self._sft(token_logps, stream, weights, counts)
-        policy, lengths = self._pairs(token_logps, stream)
+        policy, lengths = pair_sums(token_logps, stream)
         if self.name == "dpo":
-            reference, _ = self._pairs(ref_token_logps, stream)
-            return self._dpo(policy, reference, lengths, weights, counts)
+            reference, _ = pair_sums(ref_token_logps, stream)
+            if self.config.ld_alpha is None:
+                return self._dpo(policy, policy, reference, lengths, weights, counts)
+            desensitised = [
+                ld_pair_sums(logps, stream, self.config.ld_alpha) for logps in (token_logps, ref_token_logps)
+            ]
+            return self._dpo(policy, *desensitised, lengths, weights, counts)
         if self.name == "orpo":
             return self._orpo(policy, lengths, token_logps, stream, weights, counts)
         return self._without_reference(policy, lengths, weights, counts)
 
-    def _pairs(self, token_logps: Tensor, stream: Stream) -> tuple[PairLogps, PairLengths]:
-        """Sums of chosen and rejected; with `ld_alpha` the tail beyond the shorter completion counts less."""
-        tokens_P3 = stream.segment_tokens.view(-1, 3)
-        lengths = PairLengths(chosen=tokens_P3[:, 1].float(), rejected=tokens_P3[:, 2].float())
-        if self.config.ld_alpha is None or self.name != "dpo":
-            sums = losses.segment_sums(token_logps, stream.score_segments, stream.num_segments)
-        else:
-            shared = tokens_P3[:, 1:].amin(dim=1).repeat_interleave(3)
-            sums = losses.ld_logps(
-                token_logps,
-                stream.score_segments,
-                stream.score_ranks,
-                shared,
-                stream.num_segments,
-                self.config.ld_alpha,
-            )
-        sums_P3 = sums.view(-1, 3)
-        return PairLogps(chosen=sums_P3[:, 1], rejected=sums_P3[:, 2]), lengths
-
     def _dpo(
-        self, policy: PairLogps, reference: PairLogps, lengths: PairLengths, weights: Tensor, counts: Counts
+        self,
+        plain: PairLogps,
+        policy: PairLogps,
+        reference: PairLogps,
+        lengths: PairLengths,
+        weights: Tensor,
+        counts: Counts,
     ) -> Terms:
+        """Weighted sum of the configured losses. `plain`: the policy's ordinary sums, which `sft` and the metrics use
+        even where `ld_alpha` gives the preference losses others."""
         config = self.config
         total = policy.chosen.new_zeros(())
         sums = {}
         for index, loss_type in enumerate(config.loss_type):
+            by_tokens = loss_type in losses.NORMALISED_BY_TOKENS
             per_pair = losses.preference_loss(
                 loss_type,
-                policy,
+                plain if by_tokens else policy,
                 reference,
                 lengths,
                 beta=config.beta,
@@ -128,14 +123,13 @@ class Objective:
                 f_alpha_divergence_coef=config.f_alpha_divergence_coef,
                 discopop_tau=config.discopop_tau,
             )
-            by_tokens = loss_type in losses.NORMALISED_BY_TOKENS
             term = (per_pair * weights).sum() / (counts.nll_tokens if by_tokens else counts.weight)
             if by_tokens:
                 sums["nll_loss"] = term
             total = total + (1.0 if config.loss_weights is None else config.loss_weights[index]) * term
         chosen = config.beta * (policy.chosen - reference.chosen)
         rejected = config.beta * (policy.rejected - reference.rejected)
-        return self._finish(total, sums, chosen, rejected, policy, lengths, counts)
+        return self._finish(total, sums, chosen, rejected, plain, lengths, counts)
 
     def _orpo(
         self,
@@ -221,3 +215,21 @@ class Objective:
 def group_weights(groups: Iterable[Group]) -> Tensor:
     """(groups,) float32 weights of a micro-batch's rows."""
     return torch.tensor([group.weight for group in groups], dtype=torch.float32)
+
+
+def pair_sums(token_logps: Tensor, stream: Stream) -> tuple[PairLogps, PairLengths]:
+    """Summed log-probs and scored tokens of chosen and rejected, from a stream of pairs; token_logps (N,)."""
+    sums_P3 = losses.segment_sums(token_logps, stream.score_segments, stream.num_segments).view(-1, 3)
+    tokens_P3 = stream.segment_tokens.view(-1, 3).float()
+    return (
+        PairLogps(chosen=sums_P3[:, 1], rejected=sums_P3[:, 2]),
+        PairLengths(chosen=tokens_P3[:, 1], rejected=tokens_P3[:, 2]),
+    )
+
+
+def ld_pair_sums(token_logps: Tensor, stream: Stream, alpha: float) -> PairLogps:
+    """Like `pair_sums`, with the tokens past the shorter completion's length counted `alpha` times (LD-DPO)."""
+    shared = stream.segment_tokens.view(-1, 3)[:, 1:].amin(dim=1).repeat_interleave(3)
+    sums = losses.ld_logps(token_logps, stream.score_segments, stream.score_ranks, shared, stream.num_segments, alpha)
+    sums_P3 = sums.view(-1, 3)
+    return PairLogps(chosen=sums_P3[:, 1], rejected=sums_P3[:, 2])

@@ -68,7 +68,7 @@ class MasterWeights:
 
 @torch.no_grad()
 def clip_by_global_norm(parameters: list[Tensor], max_norm: float) -> float:
-    """Scale all gradients so that their joint 2-norm is at most `max_norm` (0: only measure); returns the norm before."""
+    """Scale all gradients so that their joint 2-norm is at most `max_norm` (0: measure only); returns the old norm."""
     squares = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).double() ** 2 for parameter in parameters]
     norm = math.sqrt(torch.stack(squares).sum().item())
     # the small constant is the one of torch.nn.utils.clip_grad_norm_, so that numbers compare

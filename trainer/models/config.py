@@ -1,4 +1,4 @@
-"""What a decoder looks like, read from a Hugging Face `config.json`. Llama family only; anything else is refused by name."""
+"""What a decoder looks like, read from a Hugging Face `config.json`. Llama family; others are refused by name."""
 
 import json
 import math
@@ -61,7 +61,9 @@ class ModelConfig:
         """Check and convert the keys of a Hugging Face config; `path` is only for messages."""
         model_type = raw.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
-            raise ModelError(path, f"model_type {model_type!r} is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
+            raise ModelError(
+                path, f"model_type {model_type!r} is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+            )
         for key in REQUIRED_KEYS:
             value = raw.get(key)
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
@@ -74,7 +76,9 @@ class ModelConfig:
         num_kv_heads = raw.get("num_key_value_heads") or num_heads
         head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
         if num_heads % num_kv_heads:
-            raise ModelError(path, f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+            raise ModelError(
+                path, f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+            )
         if head_dim % 2:
             raise ModelError(path, f"head_dim {head_dim} must be even for rotary embeddings")
         theta, scaling = _rope(raw, path)
@@ -108,7 +112,9 @@ def _rope(raw: dict, path: str | Path) -> tuple[float, RopeScaling | None]:
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
         raise ModelError(path, f"rope_parameters must be an object, got {type(parameters).__name__}")
-    theta = _positive({"rope_theta": parameters.get("rope_theta", raw.get("rope_theta", 10000.0))}, "rope_theta", 1e4, path)
+    theta = _positive(
+        {"rope_theta": parameters.get("rope_theta", raw.get("rope_theta", 10000.0))}, "rope_theta", 1e4, path
+    )
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return theta, None

@@ -108,7 +108,11 @@ def write_safetensors(
     for name, tensor in entries:
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         size = tensor.numel() * kind.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[kind], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": DTYPE_NAMES[kind],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)

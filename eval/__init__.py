@@ -1,0 +1,1 @@
+"""Did the model get better, and how sure is that?"""

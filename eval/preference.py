@@ -1,0 +1,97 @@
+"""How a trained model treats held-out pairs, before and after: `python -m eval.preference --before DIR --after DIR --data F`.
+
+Reward accuracy: share of pairs whose log-prob gain over the starting model is larger for chosen than for rejected (a tie
+is wrong). Policy share: pairs whose mean log-prob a token is higher for chosen, which needs no reference at all.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.entry import run_command
+from trainer.metrics import read_metrics
+from trainer.score import PairScore, load_for_scoring, read_pairs, score_pairs
+
+Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson 1927); 0..1."""
+    share, z2 = successes / trials, Z95**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def compare(before: Sequence[PairScore], after: Sequence[PairScore]) -> dict[str, float]:
+    """Numbers of the table; both lists score the same pairs in the same order, `before` by the reference."""
+    count = len(before)
+    gains = [
+        (a.chosen_logps - b.chosen_logps, a.rejected_logps - b.rejected_logps)
+        for b, a in zip(before, after, strict=True)
+    ]
+    correct = sum(chosen > rejected for chosen, rejected in gains)
+    low, high = wilson_interval(correct, count)
+    return {
+        "pairs": count,
+        "reward_accuracy": correct / count,
+        "reward_accuracy_low": low,
+        "reward_accuracy_high": high,
+        "logratio_margin": sum(chosen - rejected for chosen, rejected in gains) / count,
+        "policy_share_before": sum(s.chosen_mean > s.rejected_mean for s in before) / count,
+        "policy_share_after": sum(s.chosen_mean > s.rejected_mean for s in after) / count,
+        "margin_before": sum(s.chosen_logps - s.rejected_logps for s in before) / count,
+        "margin_after": sum(s.chosen_logps - s.rejected_logps for s in after) / count,
+        "chosen_logps_before": sum(s.chosen_logps for s in before) / count,
+        "chosen_logps_after": sum(s.chosen_logps for s in after) / count,
+    }
+
+
+def table(numbers: dict[str, float], run: str | None, model: str) -> str:
+    """The numbers as aligned text; `run`: a run folder whose metrics tell speed and memory."""
+    n = numbers
+    interval = f"95% interval {n['reward_accuracy_low']:.3f} to {n['reward_accuracy_high']:.3f}"
+    lines = [
+        ("held-out pairs", f"{n['pairs']:.0f}", ""),
+        ("", "before", "after"),
+        ("reward accuracy", "", f"{n['reward_accuracy']:.3f}  ({interval})"),
+        ("chosen likelier than rejected (mean a token)", f"{n['policy_share_before']:.3f}", f"{n['policy_share_after']:.3f}"),
+        ("log-prob chosen - rejected, nats", f"{n['margin_before']:.2f}", f"{n['margin_after']:.2f}"),
+        ("log-prob of chosen, nats", f"{n['chosen_logps_before']:.2f}", f"{n['chosen_logps_after']:.2f}"),
+    ]  # fmt: skip
+    if run is not None:
+        rows = read_metrics(run)
+        speeds = sorted(row["perf/pairs_per_s"] for row in rows)
+        lines += [
+            ("training steps", "", f"{rows[-1]['step']:.0f}"),
+            ("training pairs a second (median)", "", f"{speeds[len(speeds) // 2]:.2f}"),
+            ("peak memory of training, MiB", "", f"{max(row['perf/peak_memory_mib'] for row in rows):.0f}"),
+        ]
+    lines.append(("model", "", model))
+    return "\n".join(f"{name:<46}{left:>10}  {right}" for name, left, right in lines)
+
+
+def main(argv: list[str]) -> None:
+    """The command; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m eval.preference", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--before", required=True, help="the starting model's folder, also the reference")
+    parser.add_argument("--after", required=True, help="the trained model's folder")
+    parser.add_argument("--data", required=True, help="held-out pairs, JSON Lines")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bf16"])
+    parser.add_argument("--run", help="run folder: adds speed and memory of the training")
+    parser.add_argument("--json", help="write the numbers to this file too")
+    args = parser.parse_args(argv)
+    groups = read_pairs(args.data, args.before)
+    before = score_pairs(load_for_scoring(args.before, args.dtype), groups)
+    after = score_pairs(load_for_scoring(args.after, args.dtype), groups)
+    numbers = compare(before, after)
+    print(table(numbers, args.run, args.after))
+    if args.json:
+        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

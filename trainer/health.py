@@ -1,0 +1,62 @@
+"""Warnings about how a run behaves, each given once: what preference training is known to do when it goes wrong."""
+
+from dataclasses import dataclass, field
+
+WINDOW = 20
+"""Steps that a condition is averaged over before it is named."""
+
+
+@dataclass
+class Health:
+    """Watches the rows of metrics; holds the first steps' means and the last steps' values."""
+
+    _recent: list[dict[str, float]] = field(default_factory=list)
+    _first: dict[str, float] | None = None
+    _named: set[str] = field(default_factory=set)
+
+    def check(self, row: dict[str, float]) -> list[str]:
+        """Warnings that are new with this row."""
+        self._recent = [*self._recent[-(WINDOW - 1) :], row]
+        if len(self._recent) < WINDOW:
+            return []
+        means = {name: sum(r.get(name, 0.0) for r in self._recent) / WINDOW for name in row}
+        if self._first is None:
+            self._first = means
+        return [text for key, text in self._conditions(means) if self._is_new(key)]
+
+    def shown(self, row: dict[str, float]) -> list[str]:
+        """Names of the metrics worth a place in the progress bar."""
+        return [name for name in ("loss", "rewards/accuracies", "rewards/margins") if name in row]
+
+    def _is_new(self, key: str) -> bool:
+        new = key not in self._named
+        self._named.add(key)
+        return new
+
+    def _conditions(self, means: dict[str, float]) -> list[tuple[str, str]]:
+        found = []
+        chosen, accuracy = means.get("rewards/chosen"), means.get("rewards/accuracies")
+        per_token = means.get("logps/chosen", 0.0) / max(1.0, means.get("lengths/chosen", 1.0))
+        before = self._first.get("logps/chosen", 0.0) / max(1.0, self._first.get("lengths/chosen", 1.0))
+        if chosen is not None and per_token < before - 0.1:
+            found.append((
+                "falling",
+                f"the chosen answers became less likely ({before:.2f} -> {per_token:.2f} nats a token): the margin grows by "
+                'pushing the rejected ones down further; add "sft" to loss.loss_type, use apo_zero, or train less',
+            ))  # fmt: skip
+        if accuracy is not None and accuracy > 0.99 and means["loss"] < 0.02:
+            found.append((
+                "saturated",
+                f"reward accuracy {accuracy:.2f} at loss {means['loss']:.4f}: the pairs are solved, or something besides "
+                "content tells chosen from rejected (see the data lint); more steps teach nothing",
+            ))  # fmt: skip
+        if accuracy is not None and "lengths/chosen" in means:
+            gap = means["lengths/chosen"] - means["lengths/rejected"]
+            if abs(gap) > 0.5 * max(1.0, min(means["lengths/chosen"], means["lengths/rejected"])):
+                longer = "longer" if gap > 0 else "shorter"
+                found.append((
+                    "length",
+                    f"chosen answers are {abs(gap):.0f} tokens {longer} than rejected on average: the model may learn length; "
+                    "try loss.loss_type sigmoid_norm or loss.ld_alpha",
+                ))  # fmt: skip
+        return found

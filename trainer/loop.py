@@ -1,0 +1,245 @@
+"""The training loop: hops 4 to 12 of one step, in order, and what happens between steps.
+
+`Run` holds everything a step needs (trainer.startup makes it). One step is: plan, micro-batches (forward, loss,
+backward), clip, update, one row of metrics.
+"""
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data_tools.encode import Group
+from trainer import checkpoint, dist
+from trainer.batch import Stream, build_stream
+from trainer.config import Config
+from trainer.errors import RunError, TrainingStopped
+from trainer.export import export
+from trainer.health import Health
+from trainer.loader import Loader, length_sorted_batches
+from trainer.metrics import MetricsWriter, peak_memory_mib
+from trainer.models.decoder import Decoder
+from trainer.numerics import STEP0_TOLERANCE
+from trainer.objective import Counts, Objective, group_weights
+from trainer.optim import MasterWeights, clip_by_global_norm, learning_rate_at
+from trainer.reference import ReferenceCache
+
+
+@dataclass
+class Run:
+    """All that a training run consists of; the loop changes `step`, weights, optimizer and metrics only."""
+
+    config: Config
+    model: Decoder
+    masters: MasterWeights
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    loader: Loader
+    eval_groups: Sequence[Group]
+    cache: ReferenceCache | None
+    reference_model: Decoder | None
+    starts_at_reference: bool
+    """The reference is where the policy starts, so both must agree before the first update."""
+    manifest: checkpoint.Manifest
+    total_steps: int
+    step: int = 0
+    """Updates done."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.dir)
+
+    def reference_logps(self, groups: Sequence[Group], stream: Stream) -> Tensor | None:
+        """(N,) float32 reference log-probs in stream order, or None for objectives without a reference."""
+        if self.cache is not None:
+            return self.cache.token_logps(groups, stream)
+        if self.reference_model is not None:
+            with torch.no_grad():
+                return self.reference_model(stream)
+        return None
+
+
+def train(run: Run, metrics: MetricsWriter | None) -> None:
+    """Train to `run.total_steps`, then save and export. Rank 0 passes the writer of metrics, the others None."""
+    config, launcher = run.config, os.getppid()
+    health = Health()
+    bar = tqdm(
+        total=run.total_steps,
+        initial=run.step,
+        unit="step",
+        disable=metrics is None or not config.run.progress or None,  # None: only on a terminal
+        dynamic_ncols=True,
+    )
+    while run.step < run.total_steps:
+        if os.getppid() != launcher:
+            raise RunError(run.folder, "the launcher is gone; start the same command again to resume")
+        row = train_step(run)
+        last = run.step == run.total_steps
+        if run.eval_groups and (last or (config.eval.every and run.step % config.eval.every == 0)):
+            row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
+        if metrics is not None:
+            if last or run.step % config.run.log_every == 0:
+                metrics.write(row)
+            for warning in health.check(row):
+                tqdm.write(f"health: {warning}")
+            bar.update()
+            bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {row[name]:.4g}" for name in health.shown(row)))
+        if last or run.step % config.checkpoint.every == 0:
+            save_checkpoint(run)
+    bar.close()
+    dist.barrier()
+
+
+def train_step(run: Run) -> dict[str, float]:
+    """One update; returns the row of metrics, the same numbers on every rank."""
+    started, config = time.perf_counter(), run.config.train
+    indices = run.loader.step_indices(run.step)
+    counts = run.objective.count(run.loader.shard[int(index)] for index in indices)
+    learning_rate = learning_rate_at(
+        run.step,
+        peak=config.learning_rate,
+        schedule=config.schedule,
+        total_steps=run.total_steps,
+        warmup_ratio=config.warmup_ratio,
+    )
+    run.masters.zero_grad()
+    sums: dict[str, float] = {}
+    bad_rows: list[str] = []
+    tokens = 0
+    for number, members in enumerate(run.loader.micro_batches(indices)):
+        if not members:
+            continue
+        groups = [run.loader.shard[index] for index in members]
+        part, own_bad_rows = _micro_batch(run, groups, counts, check_start=run.step == 0 and number == 0)
+        bad_rows += own_bad_rows
+        tokens += sum(len(group.ids) for group in groups)
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+    run.masters.finish_backward()
+    dist.sum_gradients(run.masters.masters)
+    norm = clip_by_global_norm(run.masters.masters, config.max_grad_norm)
+    totals = dist.sum_over_ranks(sums | {"tokens": tokens})
+    if not (math.isfinite(norm) and math.isfinite(totals["loss"])):
+        _stop_for_non_finite(run, norm, totals["loss"], bad_rows, indices)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    run.optimizer.step()
+    run.masters.refresh()
+    run.step += 1
+    elapsed = time.perf_counter() - started
+    stream_tokens = totals.pop("tokens")
+    return {
+        "step": run.step,
+        "epoch": run.step / run.loader.steps_per_epoch,
+        **totals,
+        "grad_norm": norm,
+        "learning_rate": learning_rate,
+        "time": time.time(),
+        "perf/step_s": elapsed,
+        "perf/pairs_per_s": len(indices) / elapsed,
+        "perf/tokens_per_s": stream_tokens / elapsed,
+        "perf/peak_memory_mib": peak_memory_mib(),
+    }
+
+
+def _micro_batch(
+    run: Run, groups: list[Group], counts: Counts, *, check_start: bool
+) -> tuple[dict[str, float], list[str]]:
+    """Forward, loss and backward of one micro-batch; returns its metric sums and the rows with non-finite numbers."""
+    stream = build_stream(groups, score_prompt=run.objective.scores_prompt)
+    token_logps = run.model(stream)
+    reference = run.reference_logps(groups, stream)
+    if check_start and run.starts_at_reference:
+        check_same_as_reference(token_logps.detach(), reference, run)
+    terms = run.objective.terms(token_logps, reference, stream, group_weights(groups), counts)
+    bad_rows = []
+    if not torch.isfinite(terms.loss):
+        bad_rows = _rows_with_non_finite(groups, stream, token_logps.detach())
+    terms.loss.backward()
+    return {name: value.item() for name, value in terms.sums.items()}, bad_rows
+
+
+def check_same_as_reference(policy: Tensor, reference: Tensor | None, run: Run) -> None:
+    """Step 0: policy and reference are the same weights, so their log-probs must agree. Raises RunError on all ranks."""
+    message = None
+    if reference is not None:
+        difference = (policy - reference).abs()
+        dtype = run.model.head_weight.dtype
+        worst = difference.max().item() if dtype == torch.float32 else difference.mean().item()
+        if dist.is_main():
+            kind = "largest" if dtype == torch.float32 else "mean"
+            print(
+                f"step 0: {kind} |policy - reference| log-prob a token {worst:.2e}, so the sigmoid loss starts at ln 2"
+            )
+        if not worst <= STEP0_TOLERANCE[dtype]:
+            message = (
+                f"before the first update policy and reference differ by {worst:.2e} nats a token "
+                f"(allowed {STEP0_TOLERANCE[dtype]:.0e}): weights changed on disk while loading, a damaged reference "
+                "cache, or arithmetic that changed under it; delete the cache file and start again"
+            )
+    if (failure := dist.first_failure(message)) is not None:
+        place = run.cache.path if run.cache is not None else run.folder
+        raise RunError(place, failure)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict[str, float]:
+    """Metrics of the held-out groups with the current weights, over all ranks; names without the `eval_` prefix."""
+    counts = run.objective.count(run.eval_groups)
+    mine = list(run.eval_groups)[dist.rank() :: dist.world_size()]
+    sums: dict[str, float] = {}
+    for batch in length_sorted_batches(mine, run.config.train.tokens_per_microbatch):
+        groups = [mine[index] for index in batch]
+        stream = build_stream(groups, score_prompt=run.objective.scores_prompt)
+        reference = run.reference_logps(groups, stream)
+        terms = run.objective.terms(run.model(stream), reference, stream, group_weights(groups), counts)
+        for name, value in terms.sums.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+    return dist.sum_over_ranks(sums)
+
+
+def save_checkpoint(run: Run) -> None:
+    """Rank 0 writes `checkpoints/step_N` and removes old ones; every rank leaves together or fails together."""
+    message = None
+    if dist.is_main():
+        folder = run.folder / "checkpoints" / f"step_{run.step}"
+        manifest = checkpoint.Manifest(**{**vars(run.manifest), "step": run.step})
+        try:
+            checkpoint.save(folder, manifest, run.masters.named(), run.optimizer)
+        except RunError as error:
+            message = str(error)
+        else:
+            checkpoint.remove_old(folder.parent, run.config.checkpoint.keep_last)
+    if (failure := dist.first_failure(message)) is not None:
+        raise TrainingStopped(failure)
+
+
+def export_model(run: Run) -> None:
+    """Rank 0 writes `export/` from the master weights."""
+    if dist.is_main():
+        export(run.masters.named(), source=run.config.model.path, folder=run.folder / "export")
+
+
+def _rows_with_non_finite(groups: list[Group], stream: Stream, token_logps: Tensor) -> list[str]:
+    """Ids of the rows that have a non-finite log-prob; all rows of the micro-batch when none has one by itself."""
+    bad_segments = set(stream.score_segments[~torch.isfinite(token_logps)].tolist())
+    owners = [group.record_id for group in groups for _ in group.lengths]
+    named = list(dict.fromkeys(owners[segment] for segment in sorted(bad_segments)))
+    return named or [group.record_id for group in groups]
+
+
+def _stop_for_non_finite(run: Run, norm: float, loss: float, bad_rows: list[str], indices: Sequence[int]) -> None:
+    """Every rank comes here, since loss and norm are sums over all ranks."""
+    rows = [row for part in dist.gather_objects(bad_rows) for row in part]
+    rows = rows or [run.loader.shard[int(index)].record_id for index in indices]
+    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    raise TrainingStopped(
+        f"step {run.step + 1}: loss {loss}, gradient norm {norm}; nothing was updated. Rows: {shown}. "
+        "Look at these rows, lower train.learning_rate, or resume from an earlier checkpoint"
+    )

@@ -1,0 +1,114 @@
+"""Log-probs of chosen and rejected completions: `python -m trainer.score --model DIR --data F.jsonl --out F.jsonl`.
+
+One row out for each row in, in the same order, without a length limit:
+`id, chosen_logps, rejected_logps` (sums in nats), `chosen_tokens, rejected_tokens` (scored tokens),
+`chosen_ids, rejected_ids` (the scored ids).
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_tools.chat_template import load_chat_template
+from data_tools.encode import EncodeOptions, Group, encode_records
+from data_tools.jsonl import read_records
+from data_tools.tokenizer import load_tokenizer
+from trainer import losses, numerics
+from trainer.batch import build_stream
+from trainer.entry import run_command
+from trainer.errors import RunError
+from trainer.loader import length_sorted_batches
+from trainer.models.decoder import Decoder
+from trainer.models.hf_weights import load_decoder
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """One pair: summed log-probs in nats and the scored token ids."""
+
+    record_id: str
+    chosen_logps: float
+    rejected_logps: float
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    @property
+    def chosen_mean(self) -> float:
+        return self.chosen_logps / len(self.chosen_ids)
+
+    @property
+    def rejected_mean(self) -> float:
+        return self.rejected_logps / len(self.rejected_ids)
+
+
+def read_pairs(path: str, model_dir: str | Path, chat_template: str | None = None) -> list[Group]:
+    """All pairs of a file as groups, none dropped or cut. Raises UserError."""
+    options = EncodeOptions(kind="pair", max_length=None)
+    template = load_chat_template(model_dir, chat_template)
+    return encode_records(read_records([path], kind="pair"), load_tokenizer(model_dir), template, options)[0]
+
+
+@torch.no_grad()
+def score_pairs(model: Decoder, groups: Sequence[Group], *, tokens_per_batch: int = 8192) -> list[PairScore]:
+    """Score every pair; results in the order of `groups`."""
+    results: dict[int, PairScore] = {}
+    for batch in length_sorted_batches(groups, tokens_per_batch):
+        stream = build_stream([groups[index] for index in batch])
+        sums = losses.segment_sums(model(stream), stream.score_segments, stream.num_segments).view(-1, 3).tolist()
+        ids = iter(torch.split(stream.score_targets, stream.segment_tokens.tolist()))
+        for index, (_, chosen, rejected) in zip(batch, sums, strict=True):
+            _, chosen_ids, rejected_ids = next(ids), next(ids).tolist(), next(ids).tolist()
+            results[index] = PairScore(groups[index].record_id, chosen, rejected, chosen_ids, rejected_ids)
+    return [results[index] for index in range(len(groups))]
+
+
+def rows(scores: Sequence[PairScore]) -> Iterator[dict[str, object]]:
+    """Scores as the JSON objects that the command writes."""
+    for score in scores:
+        yield {
+            "id": score.record_id,
+            "chosen_logps": score.chosen_logps,
+            "rejected_logps": score.rejected_logps,
+            "chosen_tokens": len(score.chosen_ids),
+            "rejected_tokens": len(score.rejected_ids),
+            "chosen_ids": score.chosen_ids,
+            "rejected_ids": score.rejected_ids,
+        }
+
+
+def load_for_scoring(model_dir: str | Path, dtype: str) -> Decoder:
+    """A frozen model in `dtype` ("float32" or "bf16"), numerics set."""
+    numerics.keep_freed_memory()
+    numerics.set_up(threads=None, deterministic=True, matmul="highest")
+    return load_decoder(model_dir, dtype=numerics.COMPUTE_DTYPES[dtype]).requires_grad_(False)
+
+
+def main(argv: list[str]) -> None:
+    """The command; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.score", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="Hugging Face model folder")
+    parser.add_argument("--data", required=True, help="JSON Lines file of pairs (.gz too)")
+    parser.add_argument("--out", required=True, help="JSON Lines file to write")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bf16"], help="arithmetic (default float32)")
+    parser.add_argument("--chat-template", help="a jinja file used instead of the model's own template")
+    args = parser.parse_args(argv)
+    groups = read_pairs(args.data, args.model, args.chat_template)
+    scores = score_pairs(load_for_scoring(args.model, args.dtype), groups)
+    temporary = f"{args.out}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows(scores))
+        os.replace(temporary, args.out)
+    except OSError as error:
+        raise RunError(args.out, f"cannot be written ({error.strerror}); give another --out") from None
+    print(f"{len(scores)} pairs scored: {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])
