@@ -62,5 +62,5 @@ $(GGUF): | $(VENV)/run.stamp
 $(MODEL)/config.json: | $(GGUF)
 	$(BIN)/python -m trainer.models.gguf_import --gguf $(GGUF) --out $(MODEL)
 
-$(PAIRS)/train.jsonl: data_tools/pairs/arithmetic.py | $(VENV)/run.stamp
+$(PAIRS)/train.jsonl: $(wildcard data_tools/pairs/arithmetic*.py) | $(VENV)/run.stamp
 	$(BIN)/python -m data_tools.pairs.arithmetic --out-dir $(PAIRS)
