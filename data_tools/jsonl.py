@@ -124,7 +124,7 @@ def _decode(path: str | Path, number: int, raw: bytes, *, first: bool) -> tuple[
         problem = "begins with a byte order mark; save the file as UTF-8 without BOM"
     else:
         try:
-            return _reject_array(DECODER.decode(raw.decode("utf-8")), first), False
+            return _reject_array(DECODER.decode(raw.decode("utf-8").rstrip("\r\n")), first), False
         except UnicodeDecodeError as error:
             problem = (
                 f"byte {error.start + 1} of the line (0x{raw[error.start]:02x}) is not UTF-8; save the file as UTF-8"

@@ -163,11 +163,13 @@ def _split_messages(messages: Text) -> tuple[Text, tuple[Text, ...]]:
     prompt, completion = messages[:first], messages[first:]
     if not prompt or prompt[-1].role != "user":
         raise _Problem(f"messages[{first}]", "an assistant message must follow a user message")
-    _check_completion(prompt, completion, "messages", offset=first)
+    _check_roles(messages, "messages")
+    if messages[-1].role != "assistant":
+        raise _Problem(f"messages[{len(messages) - 1}]", "the last message must be of role 'assistant'")
     return prompt, (completion,)
 
 
-def _check_completion(prompt: Text, completion: Text, field: str, offset: int = 0) -> None:
+def _check_completion(prompt: Text, completion: Text, field: str) -> None:
     """The completion has the prompt's shape, begins and ends with the assistant and is not empty."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return _check_string_completion(completion, field)
@@ -183,9 +185,9 @@ def _check_completion(prompt: Text, completion: Text, field: str, offset: int = 
         raise _Problem(field, "repeats the prompt: keep only the answer, or remove the column 'prompt'")
     if completion[0].role != "assistant":
         raise _Problem(f"{field}[0]", f"an answer must be of role 'assistant', not '{completion[0].role}'")
-    _check_roles(completion, field, offset)
+    _check_roles(completion, field)
     if completion[-1].role != "assistant":
-        raise _Problem(f"{field}[{offset + len(completion) - 1}]", "the last message must be of role 'assistant'")
+        raise _Problem(f"{field}[{len(completion) - 1}]", "the last message must be of role 'assistant'")
 
 
 def _check_string_completion(completion: str, field: str) -> None:
@@ -193,11 +195,11 @@ def _check_string_completion(completion: str, field: str) -> None:
         raise _Problem(field, "is empty: a completion needs at least one character that is not white space")
 
 
-def _check_roles(messages: tuple[Message, ...], field: str, offset: int = 0) -> None:
+def _check_roles(messages: tuple[Message, ...], field: str) -> None:
     """A system message only at the very start, then user and assistant in turn."""
     for i, message in enumerate(messages):
-        place = f"{field}[{offset + i}]"
-        if message.role == "system" and (i > 0 or offset > 0):
+        place = f"{field}[{i}]"
+        if message.role == "system" and i > 0:
             raise _Problem(place, "a system message may only be the first")
         if i > 0 and message.role == messages[i - 1].role:
             raise _Problem(place, f"a second '{message.role}' message in a row: user and assistant must take turns")
@@ -275,7 +277,7 @@ def _missing(row: Mapping[str, object], field: str, why: str) -> NoReturn:
 
 
 def _nearest(wanted: str, row: Mapping[str, object]) -> str:
-    """`, did you mean 'promt'?` or nothing; columns that mean something themselves are not offered."""
+    """What to rename, if a name in the row looks like the wanted one; columns with a meaning are not offered."""
     candidates = [str(key) for key in row if key not in COLUMNS]
     by_lower = {key.lower().strip(): key for key in candidates}
     found = difflib.get_close_matches(wanted, by_lower, n=1, cutoff=0.7)

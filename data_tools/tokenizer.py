@@ -262,7 +262,8 @@ class _SentencePieceEngine:
         for row, (text, last) in enumerate(zip(texts, after, strict=True)):
             for section in filter(None, self._special_text.split(text)):
                 special = self._special_ids_of.get(section)
-                parts.append((row, section if special is None else special, last is None or self._spaced(last)))
+                spaced = last is None or self._spaced(section, last)
+                parts.append((row, section if special is None else special, spaced))
                 last = -1 if special is None else special
         whole = iter(self._whole.encode([part for _, part, spaced in parts if isinstance(part, str) and spaced]))
         bare = iter(self._bare.encode([part for _, part, spaced in parts if isinstance(part, str) and not spaced]))
@@ -271,9 +272,9 @@ class _SentencePieceEngine:
             out[row] += [part] if isinstance(part, int) else next(whole if spaced else bare)
         return out
 
-    def _spaced(self, last: int) -> bool:
-        """Does text after this token get a space? Only after special ones, and only in the first Llama convention."""
-        return self._legacy and last in self._specials
+    def _spaced(self, section: str, last: int) -> bool:
+        """Does a section that follows a token get a space? Only in the first Llama convention, after special tokens."""
+        return self._legacy and last in self._specials and not section.startswith(" ")
 
     def decode(self, ids: Sequence[int]) -> str:
         runs = itertools.groupby(ids, key=lambda i: i in self._specials)
