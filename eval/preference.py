@@ -1,7 +1,7 @@
-"""How a trained model treats held-out pairs, before and after: `python -m eval.preference --before DIR --after DIR --data F`.
+"""Held-out pairs before and after training: `python -m eval.preference --before DIR --after DIR --data F`.
 
-Reward accuracy: share of pairs whose log-prob gain over the starting model is larger for chosen than for rejected (a tie
-is wrong). Policy share: pairs whose mean log-prob a token is higher for chosen, which needs no reference at all.
+Reward accuracy: share of pairs whose log-prob gain over the starting model is larger for chosen than for rejected (a
+tie is wrong). Policy share: pairs whose mean log-prob a token is higher for chosen, which needs no reference at all.
 """
 
 import argparse
@@ -54,11 +54,12 @@ def table(numbers: dict[str, float], run: str | None, model: str) -> str:
     """The numbers as aligned text; `run`: a run folder whose metrics tell speed and memory."""
     n = numbers
     interval = f"95% interval {n['reward_accuracy_low']:.3f} to {n['reward_accuracy_high']:.3f}"
+    shares = f"{n['policy_share_before']:.3f}", f"{n['policy_share_after']:.3f}"
     lines = [
         ("held-out pairs", f"{n['pairs']:.0f}", ""),
         ("", "before", "after"),
         ("reward accuracy", "", f"{n['reward_accuracy']:.3f}  ({interval})"),
-        ("chosen likelier than rejected (mean a token)", f"{n['policy_share_before']:.3f}", f"{n['policy_share_after']:.3f}"),
+        ("chosen likelier, mean log-prob a token", *shares),
         ("log-prob chosen - rejected, nats", f"{n['margin_before']:.2f}", f"{n['margin_after']:.2f}"),
         ("log-prob of chosen, nats", f"{n['chosen_logps_before']:.2f}", f"{n['chosen_logps_after']:.2f}"),
     ]  # fmt: skip

@@ -72,7 +72,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
             folder,
-            f"the checkpoint cannot be written ({error.strerror}); earlier checkpoints are whole: free space and resume",
+            f"the checkpoint cannot be written ({error.strerror}); earlier ones are whole: free space and resume",
         ) from None
 
 

@@ -41,14 +41,14 @@ class Health:
         if chosen is not None and per_token < before - 0.1:
             found.append((
                 "falling",
-                f"the chosen answers became less likely ({before:.2f} -> {per_token:.2f} nats a token): the margin grows by "
-                'pushing the rejected ones down further; add "sft" to loss.loss_type, use apo_zero, or train less',
+                f"the chosen answers became less likely ({before:.2f} -> {per_token:.2f} nats a token): the margin "
+                'grows by pushing the rejected ones down further; add "sft" to loss.loss_type, use apo_zero, or train less',
             ))  # fmt: skip
         if accuracy is not None and accuracy > 0.99 and means["loss"] < 0.02:
             found.append((
                 "saturated",
-                f"reward accuracy {accuracy:.2f} at loss {means['loss']:.4f}: the pairs are solved, or something besides "
-                "content tells chosen from rejected (see the data lint); more steps teach nothing",
+                f"reward accuracy {accuracy:.2f} at loss {means['loss']:.4f}: the pairs are solved, or something "
+                "besides content tells chosen from rejected (see the data lint); more steps teach nothing",
             ))  # fmt: skip
         if accuracy is not None and "lengths/chosen" in means:
             gap = means["lengths/chosen"] - means["lengths/rejected"]

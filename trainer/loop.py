@@ -166,7 +166,7 @@ def _micro_batch(
 
 
 def check_same_as_reference(policy: Tensor, reference: Tensor | None, run: Run) -> None:
-    """Step 0: policy and reference are the same weights, so their log-probs must agree. Raises RunError on all ranks."""
+    """Step 0: policy and reference are the same weights, so log-probs must agree. Raises RunError on all ranks."""
     message = None
     if reference is not None:
         difference = (policy - reference).abs()

@@ -88,10 +88,9 @@ class Objective:
             reference, _ = pair_sums(ref_token_logps, stream)
             if self.config.ld_alpha is None:
                 return self._dpo(policy, policy, reference, lengths, weights, counts)
-            desensitised = [
-                ld_pair_sums(logps, stream, self.config.ld_alpha) for logps in (token_logps, ref_token_logps)
-            ]
-            return self._dpo(policy, *desensitised, lengths, weights, counts)
+            alpha = self.config.ld_alpha
+            tailed = ld_pair_sums(token_logps, stream, alpha), ld_pair_sums(ref_token_logps, stream, alpha)
+            return self._dpo(policy, *tailed, lengths, weights, counts)
         if self.name == "orpo":
             return self._orpo(policy, lengths, token_logps, stream, weights, counts)
         return self._without_reference(policy, lengths, weights, counts)

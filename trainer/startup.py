@@ -9,7 +9,7 @@ import torch
 from data_tools.encode import EncodeOptions, Group
 from data_tools.file_digests import FileDigests
 from data_tools.jsonl import read_records
-from data_tools.lint import lint_pairs
+from data_tools.lint import lint_groups, lint_pairs
 from data_tools.shards import Shard, open_or_build
 from data_tools.show import describe_group
 from data_tools.tokenizer import load_tokenizer
@@ -80,12 +80,19 @@ def look_at_data(config: Config, shard: Shard) -> None:
     """Print the first rendered row with its scored tokens, and the data lint's findings."""
     tokenizer = load_tokenizer(config.model.path)
     say(describe_group(shard[0], tokenizer, color=False))
-    if config.data.lint and config.train.objective != "sft" and not shard.reused:
-        for finding in lint_pairs(read_records(config.data.train, kind="pair")):
+    if config.data.lint and config.train.objective != "sft":
+        held_out = read_records(config.data.eval, kind="pair") if config.data.eval else []
+        for finding in [*lint_pairs(read_records(config.data.train, kind="pair"), held_out), *lint_groups(shard)]:
             say(f"lint: {finding.text}")
 
 
-def make_run(config: Config, shard: Shard, held_out: Sequence[Group], resume_from: Path | None) -> Run:
+def make_run(
+    config: Config,
+    shard: Shard,
+    held_out: Sequence[Group],
+    resume_from: Path | None,
+    loader_type: type[Loader] = Loader,
+) -> Run:
     """Load the model, score what the reference has not scored yet, then put the checkpoint's state in place."""
     objective = Objective(config.train.objective, config.loss)
     old = checkpoint.read_manifest(resume_from) if resume_from is not None else None
@@ -97,7 +104,7 @@ def make_run(config: Config, shard: Shard, held_out: Sequence[Group], resume_fro
     model = load_model(config, str(choices["impl"]))
     compute_dtype = numerics.COMPUTE_DTYPES[config.train.dtype]
     masters = MasterWeights(model, compute_dtype=compute_dtype, pure=config.train.dtype == "pure_bf16")
-    loader = Loader(shard, config.train.global_batch, config.train.tokens_per_microbatch, config.train.seed)
+    loader = loader_type(shard, config.train.global_batch, config.train.tokens_per_microbatch, config.train.seed)
     total_steps = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
     same_weights, cache, reference_model = True, None, None
     if objective.needs_reference:
