@@ -38,7 +38,7 @@ lint: $(VENV)/test.stamp  ## ruff and mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environment, the fetched model, the quickstart's pairs and its run
-	rm -rf $(VENV) $(MODEL) $(GGUF) $(PAIRS) $(RUN) build logratio.egg-info
+	rm -rf $(VENV) $(MODEL) $(GGUF) models/.tests.lock $(PAIRS) $(RUN) build logratio.egg-info
 	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -56,10 +56,8 @@ $(VENV)/test.stamp: $(VENV)/run.stamp
 	$(PIP_INSTALL) -e '.[test]'
 	@touch $@
 
-$(GGUF): | $(VENV)/run.stamp
+$(MODEL)/config.json: | $(VENV)/run.stamp
 	$(BIN)/python -m data_tools.fetch_model --out models/
-
-$(MODEL)/config.json: | $(GGUF)
 	$(BIN)/python -m trainer.models.gguf_import --gguf $(GGUF) --out $(MODEL)
 
 $(PAIRS)/train.jsonl: $(wildcard data_tools/pairs/arithmetic*.py) | $(VENV)/run.stamp
