@@ -210,7 +210,8 @@ def _check_roles(messages: tuple[Message, ...], field: str) -> None:
 def _text(row: Mapping[str, object], field: str) -> Text:
     """The field as a string or a tuple of messages; only the value's own form is checked."""
     if field not in row:
-        _missing(row, field, "this column is needed")
+        have = ", ".join(map(str, row))
+        _missing(row, field, f"the row's columns are: {have if len(have) <= 100 else have[:100] + '...'}")
     value = row[field]
     if isinstance(value, str):
         return _string(value, field)
