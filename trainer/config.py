@@ -94,7 +94,7 @@ FREE_ON_RESUME = frozenset(
     for section, names in {
         "data": ("eval", "cache_dir", "lint"),
         "train": ("tokens_per_microbatch", "activation_checkpointing", "deterministic"),
-        "reference": ("mode", "cache_dir", "cache_file", "check_rows"),
+        "reference": ("mode", "cache_dir", "cache_file"),
         "kernels": ("impl", "stash"),
         "dist": ("grad_sync",),
         "eval": section_hints(EvalConfig),

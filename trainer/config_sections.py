@@ -217,11 +217,6 @@ class ReferenceConfig(Section):
     """Where reference log-probs are kept; none: the user's cache folder."""
     cache_file: str | None = None
     """One cache file to use; refused if other weights or settings made it."""
-    check_rows: int = 4
-    """Rows scored anew at the start and compared with the cache; 0: none."""
-
-    def check(self) -> None:
-        self.require_at_least(0, "check_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
