@@ -7,6 +7,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+LAUNCHER = os.getppid()
+
 
 def rank() -> int:
     """This process's number, 0 .. world_size - 1, from torchrun's environment."""
@@ -20,6 +22,11 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def launcher_is_gone() -> bool:
+    """Has the torchrun that started this worker died? A run started without torchrun outlives its shell."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER
 
 
 def start() -> None:
@@ -48,13 +55,12 @@ def broadcast_object(value: object) -> object:
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Each value summed over the ranks, in float64; every rank passes the same keys."""
-    if not torch_dist.is_initialized() or not values:
-        return values
-    keys = sorted(values)
-    tensor = torch.tensor([values[key] for key in keys], dtype=torch.float64)
-    torch_dist.all_reduce(tensor)
-    return dict(zip(keys, tensor.tolist(), strict=True))
+    """Each value summed over the ranks in rank order; a rank that had no work may lack keys that others have."""
+    totals: dict[str, float] = {}
+    for part in gather_objects(values):
+        for name, value in part.items():
+            totals[name] = totals.get(name, 0.0) + value
+    return totals
 
 
 def max_over_ranks(value: float) -> float:

@@ -5,7 +5,6 @@ backward), clip, update, one row of metrics.
 """
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class Run:
 
 def train(run: Run, metrics: MetricsWriter | None) -> None:
     """Train to `run.total_steps`, then save and export. Rank 0 passes the writer of metrics, the others None."""
-    config, launcher = run.config, os.getppid()
+    config = run.config
     health = Health()
     bar = tqdm(
         total=run.total_steps,
@@ -77,14 +76,15 @@ def train(run: Run, metrics: MetricsWriter | None) -> None:
         dynamic_ncols=True,
     )
     while run.step < run.total_steps:
-        if os.getppid() != launcher:
-            raise RunError(run.folder, "the launcher is gone; start the same command again to resume")
+        if dist.launcher_is_gone():
+            raise TrainingStopped(f"{run.folder}: torchrun is gone; start the same command again to resume")
         row = train_step(run)
         last = run.step == run.total_steps
-        if run.eval_groups and (last or (config.eval.every and run.step % config.eval.every == 0)):
+        evaluated = bool(run.eval_groups) and (last or (config.eval.every and run.step % config.eval.every == 0))
+        if evaluated:
             row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
         if metrics is not None:
-            if last or run.step % config.run.log_every == 0:
+            if last or evaluated or run.step % config.run.log_every == 0:
                 metrics.write(row)
             for warning in health.check(row):
                 tqdm.write(f"health: {warning}")
@@ -112,15 +112,18 @@ def train_step(run: Run) -> dict[str, float]:
     sums: dict[str, float] = {}
     bad_rows: list[str] = []
     tokens = 0
+    mismatch = None
     for number, members in enumerate(run.loader.micro_batches(indices)):
-        if not members:
-            continue
-        groups = [run.loader.shard[index] for index in members]
-        part, own_bad_rows = _micro_batch(run, groups, counts, check_start=run.step == 0 and number == 0)
-        bad_rows += own_bad_rows
-        tokens += sum(len(group.ids) for group in groups)
-        for name, value in part.items():
-            sums[name] = sums.get(name, 0.0) + value
+        check_start = run.starts_at_reference and run.step == 0 and number == 0
+        if members:  # a rank without a group in this round still takes part in what all ranks do together
+            groups = [run.loader.shard[index] for index in members]
+            part, own_bad_rows, mismatch = _micro_batch(run, groups, counts, check_start=check_start)
+            bad_rows += own_bad_rows
+            tokens += sum(len(group.ids) for group in groups)
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + value
+        if check_start and (failure := dist.first_failure(mismatch)) is not None:
+            raise RunError(run.cache.path if run.cache is not None else run.folder, failure)
     run.masters.finish_backward()
     dist.sum_gradients(run.masters.masters)
     norm = clip_by_global_norm(run.masters.masters, config.max_grad_norm)
@@ -144,48 +147,46 @@ def train_step(run: Run) -> dict[str, float]:
         "perf/step_s": elapsed,
         "perf/pairs_per_s": len(indices) / elapsed,
         "perf/tokens_per_s": stream_tokens / elapsed,
-        "perf/peak_memory_mib": peak_memory_mib(),
+        "perf/peak_memory_mib": dist.max_over_ranks(peak_memory_mib()),
     }
 
 
 def _micro_batch(
     run: Run, groups: list[Group], counts: Counts, *, check_start: bool
-) -> tuple[dict[str, float], list[str]]:
-    """Forward, loss and backward of one micro-batch; returns its metric sums and the rows with non-finite numbers."""
+) -> tuple[dict[str, float], list[str], str | None]:
+    """Forward, loss and backward of one micro-batch: its metric sums, the rows with non-finite numbers and, where
+    `check_start` asks, what `unlike_reference` finds."""
     stream = build_stream(groups, score_prompt=run.objective.scores_prompt)
     token_logps = run.model(stream)
     reference = run.reference_logps(groups, stream)
-    if check_start and run.starts_at_reference:
-        check_same_as_reference(token_logps.detach(), reference, run)
+    message = unlike_reference(token_logps.detach(), reference, run) if check_start else None
     terms = run.objective.terms(token_logps, reference, stream, group_weights(groups), counts)
     bad_rows = []
     if not torch.isfinite(terms.loss):
         bad_rows = _rows_with_non_finite(groups, stream, token_logps.detach())
     terms.loss.backward()
-    return {name: value.item() for name, value in terms.sums.items()}, bad_rows
+    return {name: value.item() for name, value in terms.sums.items()}, bad_rows, message
 
 
-def check_same_as_reference(policy: Tensor, reference: Tensor | None, run: Run) -> None:
-    """Step 0: policy and reference are the same weights, so log-probs must agree. Raises RunError on all ranks."""
-    message = None
-    if reference is not None:
-        difference = (policy - reference).abs()
-        dtype = run.model.head_weight.dtype
-        worst = difference.max().item() if dtype == torch.float32 else difference.mean().item()
+def unlike_reference(policy: Tensor, reference: Tensor, run: Run) -> str | None:
+    """Step 0: policy and reference are the same weights, so log-probs (N,) must agree; what is wrong where they do not.
+
+    Non-finite log-probs of the policy are left to the step, which names their rows.
+    """
+    if not torch.isfinite(policy).all():
+        return None
+    difference = (policy - reference).abs()
+    dtype = run.model.head_weight.dtype
+    kind, worst = ("largest", difference.max()) if dtype == torch.float32 else ("mean", difference.mean())
+    if worst <= STEP0_TOLERANCE[dtype]:
         if dist.is_main():
-            kind = "largest" if dtype == torch.float32 else "mean"
-            print(
-                f"step 0: {kind} |policy - reference| log-prob a token {worst:.2e}, so the sigmoid loss starts at ln 2"
-            )
-        if not worst <= STEP0_TOLERANCE[dtype]:
-            message = (
-                f"before the first update policy and reference differ by {worst:.2e} nats a token "
-                f"(allowed {STEP0_TOLERANCE[dtype]:.0e}): weights changed on disk while loading, a damaged reference "
-                "cache, or arithmetic that changed under it; delete the cache file and start again"
-            )
-    if (failure := dist.first_failure(message)) is not None:
-        place = run.cache.path if run.cache is not None else run.folder
-        raise RunError(place, failure)
+            print(f"step 0: {kind} |policy - reference| log-prob a token {worst:.2e}, the sigmoid loss starts at ln 2")
+        return None
+    return (
+        f"before the first update policy and reference differ by {worst:.2e} nats a token "
+        f"(allowed {STEP0_TOLERANCE[dtype]:.0e}): weights changed on disk while loading, a damaged reference "
+        "cache, or arithmetic that changed under it; delete the cache file and start again"
+    )
 
 
 @torch.no_grad()
@@ -221,9 +222,15 @@ def save_checkpoint(run: Run) -> None:
 
 
 def export_model(run: Run) -> None:
-    """Rank 0 writes `export/` from the master weights."""
+    """Rank 0 writes `export/` from the master weights; every rank leaves together or fails together."""
+    message = None
     if dist.is_main():
-        export(run.masters.named(), source=run.config.model.path, folder=run.folder / "export")
+        try:
+            export(run.masters.named(), source=run.config.model.path, folder=run.folder / "export")
+        except RunError as error:
+            message = str(error)
+    if (failure := dist.first_failure(message)) is not None:
+        raise TrainingStopped(failure)
 
 
 def _rows_with_non_finite(groups: list[Group], stream: Stream, token_logps: Tensor) -> list[str]:

@@ -38,7 +38,8 @@ def _train(config: Config, shard, held_out, folder: Path | None) -> None:
                 look_at_data(config, shard)
         else:
             say(f"resuming from {resume_from} at step {run.step} of {run.total_steps}")
-        if run.step >= run.total_steps and (folder is None or (folder / "export").is_dir() or not config.run.export):
+        exported = dist.broadcast_object((Path(config.run.dir) / "export").is_dir())  # as rank 0 sees it
+        if run.step >= run.total_steps and (exported or not config.run.export):
             say(f"finished: step {run.step} of {run.total_steps}, model in {Path(config.run.dir) / 'export'}")
             return
         metrics = None
