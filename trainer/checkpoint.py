@@ -40,6 +40,8 @@ class Manifest:
     threads: int
     choices: dict[str, object] = field(default_factory=dict)
     """Decided by measurement at the start of the run and reused on resume."""
+    reference_digest: str = ""
+    """Of the reference model's weights; empty for objectives without one."""
     format: int = FORMAT
     torch: str = torch.__version__
 
@@ -63,32 +65,36 @@ def save(
             write_safetensors(temporary / name, tensors)
             files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": hash_file(temporary / name)}
         content = {**vars(manifest), "files": files}
-        with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        (temporary / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
         replace_folder(temporary, folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(
-            folder,
-            f"the checkpoint cannot be written ({error.strerror}); earlier ones are whole: free space and resume",
-        ) from None
+        problem = f"the checkpoint cannot be written ({error.strerror or error}); earlier ones are whole"
+        raise RunError(folder, f"{problem}: free space and resume") from None
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Rename `temporary` to `folder`; an old `folder` steps aside first and is deleted once the new one stands."""
+    """Rename `temporary`, its files on the disk by then, to `folder`; an old `folder` steps aside first and is deleted
+    once the new one stands. Raises OSError.
+    """
+    for path in temporary.iterdir():
+        _sync(path)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
     os.rename(temporary, folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """See that a file or a folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -98,15 +104,21 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(folder, f"has no {MANIFEST}: not a complete checkpoint; resume from another step")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        files = raw.pop("files")
-        manifest = Manifest(**raw)
+        version, files = raw.pop("format"), raw.pop("files")
         sizes = {name: entry["bytes"] for name, entry in files.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(path, f"is not a checkpoint manifest ({error}); resume from another step") from None
-    if manifest.format != FORMAT:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(path, f"is not a checkpoint manifest ({error!r}); resume from another step") from None
+    if version != FORMAT:
         raise CheckpointError(
-            path, f"has format {manifest.format}, this version reads {FORMAT}; use the version that wrote it"
+            path, f"has format {version!r}, this version reads {FORMAT}; use the version that wrote it"
         )
+    try:
+        manifest = Manifest(**raw)
+    except TypeError as error:
+        raise CheckpointError(path, f"is not a checkpoint manifest ({error}); resume from another step") from None
+    for name, kind in (("step", int), ("config", str), ("choices", dict)):
+        if not isinstance(getattr(manifest, name), kind):
+            raise CheckpointError(path, f"{name!r} is not a {kind.__name__}; resume from another step")
     for name, size in sizes.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
@@ -132,7 +144,7 @@ def load(folder: Path, named_masters: Iterable[tuple[str, Tensor]], optimizer: t
                 for key in ("exp_avg", "exp_avg_sq"):
                     _matching(state[key], tensor, folder, f"{key}.{name}")
                 optimizer.state[tensor] = state
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(folder, f"does not fit this model ({error})") from None
 
 
@@ -145,10 +157,12 @@ def _matching(found: Tensor, wanted: Tensor, folder: Path, name: str) -> Tensor:
     return found
 
 
-def remove_old(checkpoints: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` complete steps; folders of other names are left alone."""
-    steps = sorted(
-        (path for path in checkpoints.glob("step_*") if path.name[5:].isdigit()), key=lambda p: int(p.name[5:])
-    )
+def remove_old(checkpoints: Path, keep_last: int, *, step: int) -> None:
+    """Delete all but the newest `keep_last` steps up to `step`, the one just written; other folders are left alone.
+
+    Later steps, which a run that went back may find, count neither way: they may be the damaged ones it went back from.
+    """
+    numbers = (int(path.name[5:]) for path in checkpoints.glob("step_*") if path.name[5:].isdigit())
+    steps = [checkpoints / f"step_{number}" for number in sorted(numbers) if number <= step]
     for path in steps[:-keep_last]:
         shutil.rmtree(path, ignore_errors=True)

@@ -46,7 +46,7 @@ def export(named_tensors: Iterable[tuple[str, Tensor]], *, source: str | Path, f
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
-            folder, f"the export cannot be written ({error.strerror}); free space and start the run again"
+            folder, f"the export cannot be written ({error.strerror or error}); free space and start the run again"
         ) from None
 
 

@@ -216,7 +216,7 @@ def save_checkpoint(run: Run) -> None:
         except RunError as error:
             message = str(error)
         else:
-            checkpoint.remove_old(folder.parent, run.config.checkpoint.keep_last)
+            checkpoint.remove_old(folder.parent, run.config.checkpoint.keep_last, step=run.step)
     if (failure := dist.first_failure(message)) is not None:
         raise TrainingStopped(failure)
 
