@@ -84,24 +84,20 @@ class ReferenceCache:
         if not path.exists():
             return cache
         try:
-            with safe_open(path, framework="np") as file:
-                found = json.loads((file.metadata() or {}).get("header", "{}"))
-                differing = [name for name, value in asdict(header).items() if found.get(name) != value]
-                if differing and named_by_user:
-                    shown = ", ".join(f"{n} {found.get(n)!r} instead of {getattr(header, n)!r}" for n in differing)
-                    raise RunError(
-                        path, f"is a reference cache of something else ({shown}); leave out reference.cache_file"
-                    )
-                if not differing:
-                    keys, offsets, logps = (file.get_tensor(name) for name in ("keys", "offsets", "token_logps"))
-                    for index, key in enumerate(keys):
-                        cache._rows[key.tobytes()] = logps[offsets[index] : offsets[index + 1]]
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            if isinstance(error, RunError):
-                raise
+            found, (keys, offsets, logps) = _read(path)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             if named_by_user:
                 raise RunError(path, f"is not a whole reference cache ({error}); delete it or leave it out") from None
-            print(f"reference cache {path} is damaged ({error}); its rows are scored again")
+            if dist.is_main():
+                print(f"reference cache {path} is damaged ({error}); its rows are scored again")
+            return cache
+        differing = [name for name, value in asdict(header).items() if found.get(name) != value]
+        if differing and named_by_user:
+            shown = ", ".join(f"{n} {found.get(n)!r} instead of {getattr(header, n)!r}" for n in differing)
+            raise RunError(path, f"is a reference cache of something else ({shown}); leave out reference.cache_file")
+        if not differing:
+            for index, key in enumerate(keys):
+                cache._rows[key.tobytes()] = logps[offsets[index] : offsets[index + 1]]
         return cache
 
     def __len__(self) -> int:
@@ -141,7 +137,8 @@ class ReferenceCache:
         }
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata={"header": json.dumps(asdict(self.header), sort_keys=True)})
+            header = json.dumps(asdict(self.header), sort_keys=True)
+            save_file(tensors, temporary, metadata={"header": header, "sha256": _checksum(*tensors.values())})
             os.replace(temporary, self.path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
@@ -149,6 +146,24 @@ class ReferenceCache:
                 self.path, f"the reference cache cannot be written ({error}); set reference.cache_dir"
             ) from None
         self._changed = False
+
+
+def _read(path: Path) -> tuple[dict[str, object], list[np.ndarray]]:
+    """Header and the tensors keys, offsets and token_logps of a cache file; raises what damage of any kind raises."""
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata() or {}
+        tensors = [file.get_tensor(name) for name in ("keys", "offsets", "token_logps")]
+    if metadata["sha256"] != _checksum(*tensors):
+        raise ValueError("its numbers differ from their sha256")
+    return dict(json.loads(metadata["header"])), tensors
+
+
+def _checksum(*tensors: np.ndarray) -> str:
+    """sha256 over the tensors' bytes: a flipped bit in a log-prob would bias the training without a sign of it."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(np.ascontiguousarray(tensor).data)
+    return total.hexdigest()
 
 
 @torch.no_grad()

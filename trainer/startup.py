@@ -16,7 +16,7 @@ from data_tools.tokenizer import load_tokenizer
 from kernels.dispatch import choose_matmul_precision, resolve
 from trainer import checkpoint, dist, numerics
 from trainer.config import Config, maths_changes, parse_toml, to_toml
-from trainer.errors import CheckpointError, ConfigError, ModelError
+from trainer.errors import CheckpointError, ConfigError, ModelError, UserError
 from trainer.loader import Loader
 from trainer.loop import Run
 from trainer.models.config import ModelConfig
@@ -62,18 +62,22 @@ def open_data(config: Config) -> tuple[Shard, Sequence[Group]]:
 
 def check_fits_model(shard: Shard, model_config: ModelConfig, config: Config) -> None:
     """Token ids inside the vocabulary, positions inside the model's reach. Raises ModelError."""
-    largest = max(int(shard[index].ids.max()) for index in range(len(shard)))
-    if largest >= model_config.vocab_size:
-        raise ModelError(
-            config.model.path,
-            f"its tokenizer gives id {largest}, its vocab_size is {model_config.vocab_size}: "
-            "tokenizer and weights do not fit",
-        )
+    check_vocabulary(shard, model_config, config.model.path)
+    if config.reference.path is not None:
+        check_vocabulary(shard, ModelConfig.from_folder(config.reference.path), config.reference.path)
     if config.data.max_length > model_config.max_positions:
         say(
             f"note: data.max_length {config.data.max_length} is beyond the {model_config.max_positions} positions "
             "that the model was made for"
         )
+
+
+def check_vocabulary(groups: Sequence[Group], model_config: ModelConfig, path: str) -> None:
+    """Raise ModelError where a token id has no row in the weights of the model at `path`."""
+    largest = max(int(group.ids.max()) for group in groups)
+    if largest >= model_config.vocab_size:
+        problem = f"the tokenizer gives id {largest}, vocab_size in config.json is {model_config.vocab_size}"
+        raise ModelError(path, f"{problem}: tokenizer and weights do not belong together")
 
 
 def look_at_data(config: Config, shard: Shard) -> None:
@@ -106,7 +110,7 @@ def make_run(
     masters = MasterWeights(model, compute_dtype=compute_dtype, pure=config.train.dtype == "pure_bf16")
     loader = loader_type(shard, config.train.global_batch, config.train.tokens_per_microbatch, config.train.seed)
     total_steps = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
-    same_weights, cache, reference_model = True, None, None
+    same_weights, cache, reference_model, reference_weights = True, None, None, ""
     if objective.needs_reference:
         reference_path = config.reference.path or config.model.path
         reference_weights = weights_digest(reference_path, digests)
@@ -138,6 +142,7 @@ def make_run(
         world_size=dist.world_size(),
         threads=torch.get_num_threads(),
         choices=choices,
+        reference_digest=reference_weights,
     )
     run = Run(
         config=config,
@@ -218,12 +223,22 @@ def fill_cache(
 
 def continue_from(run: Run, folder: Path, old: checkpoint.Manifest) -> None:
     """Check that the checkpoint belongs to this run, then load its state."""
-    changes = maths_changes(parse_toml(old.config, str(folder)), run.config)
+    try:
+        saved = parse_toml(old.config, folder)
+    except UserError as error:
+        raise CheckpointError(
+            folder, f"its config is not one of this version ({error}); use the version that wrote it"
+        ) from None
+    changes = maths_changes(saved, run.config)
     if changes:
         raise CheckpointError(
             folder, f"{'; '.join(changes)}. That would be another training: restore it or set another run.dir"
         )
-    for name, changed in (("data_digest", "the training data"), ("weights_digest", "the weights in model.path")):
+    for name, changed in (
+        ("data_digest", "the training data"),
+        ("weights_digest", "the weights in model.path"),
+        ("reference_digest", "the weights in reference.path"),
+    ):
         if getattr(old, name) != getattr(run.manifest, name):
             raise CheckpointError(folder, f"{changed} changed since this run began; restore it or set another run.dir")
     for name in ("threads", "world_size"):
