@@ -5,6 +5,7 @@ written so that they read back to the same bits. NaN and infinity, which JSON la
 that holds the run's lock writes; reductions over ranks are over before a row comes here.
 """
 
+import errno
 import importlib.util
 import json
 import math
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from trainer.errors import ConfigError, RunError
+from trainer.errors import ConfigError, RunError, TrainingStopped
 
 FILE_NAME = "metrics.jsonl"
 
@@ -50,6 +51,8 @@ class MetricsWriter:
             content = self.path.read_bytes()
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise RunError(self.path, f"cannot be read ({error.strerror}); move it away") from None
         lines = content.splitlines(keepends=True)
         kept = b"".join(
             line
@@ -59,24 +62,32 @@ class MetricsWriter:
         if kept == content:
             return
         temporary = self.path.with_name(f"{FILE_NAME}.tmp")
-        with temporary.open("wb") as file:
-            file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except OSError as error:
+            raise RunError(self.path, f"cannot be written ({error.strerror}); free space and start again") from None
 
     def write(self, row: Mapping[str, float | int | str]) -> None:
-        """Append one row; it needs `step`, which must grow from row to row."""
+        """Append one row; it needs `step`, which must grow from row to row. Raises TrainingStopped on a full disk."""
         step = int(row["step"])
         assert step > self._last_step, f"step {step} after step {self._last_step}"
         first_step, self._last_step = self._last_step + 1, step
-        if self._file is None:
-            self._file = self.path.open("a", encoding="utf-8")
         values = {name: _finite_or_none(row[name]) for name in sorted(row) if name != "step"}
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._use_tensorboard:
-            self._write_to_board(step, row, first_step)
+        line = json.dumps({"step": step, **values}, allow_nan=False) + "\n"
+        try:
+            if self._file is None:
+                self._file = self.path.open("ab", buffering=0)
+            if self._file.write(line.encode()) != len(line.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._use_tensorboard:
+                self._write_to_board(step, row, first_step)
+        except OSError as error:
+            problem = f"{self.path}: step {step} cannot be written ({error.strerror})"
+            raise TrainingStopped(f"{problem}; free space and start the same command again to resume") from None
 
     def close(self) -> None:
         """Close the files; a run that dies without it loses no row of metrics.jsonl."""

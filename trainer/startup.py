@@ -90,13 +90,7 @@ def look_at_data(config: Config, shard: Shard) -> None:
             say(f"lint: {finding.text}")
 
 
-def make_run(
-    config: Config,
-    shard: Shard,
-    held_out: Sequence[Group],
-    resume_from: Path | None,
-    loader_type: type[Loader] = Loader,
-) -> Run:
+def make_run(config: Config, shard: Shard, held_out: Sequence[Group], resume_from: Path | None) -> Run:
     """Load the model, score what the reference has not scored yet, then put the checkpoint's state in place."""
     objective = Objective(config.train.objective, config.loss)
     old = checkpoint.read_manifest(resume_from) if resume_from is not None else None
@@ -104,29 +98,49 @@ def make_run(
     numerics.set_up(threads=config.run.threads, deterministic=config.train.deterministic, matmul=str(choices["matmul"]))
     ensure_writable(cache_folder(config))
     digests = FileDigests(cache_folder(config) / "digests.json")
-    policy_weights = weights_digest(config.model.path, digests)
+    reference_path = config.reference.path or config.model.path
+    manifest = checkpoint.Manifest(
+        step=0,
+        config=to_toml(config),
+        data_digest=shard.digest,
+        weights_digest=weights_digest(config.model.path, digests),
+        world_size=dist.world_size(),
+        threads=torch.get_num_threads(),
+        choices=choices,
+        reference_digest=weights_digest(reference_path, digests) if objective.needs_reference else "",
+    )
+    digests.save()
+    if old is not None:
+        check_belongs(old, manifest, config, resume_from)
     model = load_model(config, str(choices["impl"]))
     compute_dtype = numerics.COMPUTE_DTYPES[config.train.dtype]
     masters = MasterWeights(model, compute_dtype=compute_dtype, pure=config.train.dtype == "pure_bf16")
-    loader = loader_type(shard, config.train.global_batch, config.train.tokens_per_microbatch, config.train.seed)
-    total_steps = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
-    same_weights, cache, reference_model, reference_weights = True, None, None, ""
+    loader = Loader(shard, config.train.global_batch, config.train.tokens_per_microbatch, config.train.seed)
+    run = Run(
+        config=config,
+        model=model,
+        masters=masters,
+        optimizer=make_optimizer(config, masters),
+        objective=objective,
+        loader=loader,
+        eval_groups=held_out,
+        cache=None,
+        reference_model=None,
+        starts_at_reference=manifest.reference_digest == manifest.weights_digest,
+        manifest=manifest,
+        total_steps=config.train.max_steps or config.train.epochs * loader.steps_per_epoch,
+    )
     if objective.needs_reference:
-        reference_path = config.reference.path or config.model.path
-        reference_weights = weights_digest(reference_path, digests)
-        same_weights = reference_weights == policy_weights
-        frozen = model if same_weights else None
-        if config.reference.mode == "model":
-            reference_model = frozen_copy(config, reference_path, str(choices["impl"]))
-        else:
-            header = Header(
-                reference_weights, dtype=str(compute_dtype).removeprefix("torch."), kernel=str(choices["impl"])
-            )
-            cache = open_cache(config, header)
-            groups = [shard[index] for index in loader.used_indices(total_steps)] + list(held_out)
-            fill_cache(cache, groups, config, frozen, reference_path, str(choices["impl"]))
-    digests.save()
-    optimizer = torch.optim.AdamW(
+        attach_reference(run, reference_path)
+    if old is not None:
+        checkpoint.load(resume_from, masters.named(), run.optimizer)
+        masters.refresh()
+        run.step = old.step
+    return run
+
+
+def make_optimizer(config: Config, masters: MasterWeights) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
         masters.masters,
         lr=config.train.learning_rate,
         betas=(config.train.adam_beta1, config.train.adam_beta2),
@@ -134,33 +148,19 @@ def make_run(
         weight_decay=config.train.weight_decay,
         fused=True,
     )
-    manifest = checkpoint.Manifest(
-        step=0,
-        config=to_toml(config),
-        data_digest=shard.digest,
-        weights_digest=policy_weights,
-        world_size=dist.world_size(),
-        threads=torch.get_num_threads(),
-        choices=choices,
-        reference_digest=reference_weights,
-    )
-    run = Run(
-        config=config,
-        model=model,
-        masters=masters,
-        optimizer=optimizer,
-        objective=objective,
-        loader=loader,
-        eval_groups=held_out,
-        cache=cache,
-        reference_model=reference_model,
-        starts_at_reference=objective.needs_reference and same_weights,
-        manifest=manifest,
-        total_steps=total_steps,
-    )
-    if old is not None:
-        continue_from(run, resume_from, old)
-    return run
+
+
+def attach_reference(run: Run, path: str) -> None:
+    """Give the run, whose model still has its starting weights, what the reference at `path` says: cache or model."""
+    config, impl = run.config, str(run.manifest.choices["impl"])
+    if config.reference.mode == "model":
+        run.reference_model = frozen_copy(config, path, impl)
+        return
+    dtype = str(numerics.COMPUTE_DTYPES[config.train.dtype]).removeprefix("torch.")
+    run.cache = open_cache(config, Header(run.manifest.reference_digest, dtype=dtype, kernel=impl))
+    shard, used = run.loader.shard, run.loader.used_indices(run.total_steps)
+    groups = [shard[index] for index in used] + list(run.eval_groups)
+    fill_cache(run.cache, groups, config, run.model if run.starts_at_reference else None, path, impl)
 
 
 def measured_choices(config: Config) -> dict[str, object]:
@@ -221,15 +221,14 @@ def fill_cache(
         cache.save()
 
 
-def continue_from(run: Run, folder: Path, old: checkpoint.Manifest) -> None:
-    """Check that the checkpoint belongs to this run, then load its state."""
+def check_belongs(old: checkpoint.Manifest, new: checkpoint.Manifest, config: Config, folder: Path) -> None:
+    """Raise CheckpointError unless the checkpoint `old` in `folder` is of this very training; note what may differ."""
     try:
         saved = parse_toml(old.config, folder)
     except UserError as error:
-        raise CheckpointError(
-            folder, f"its config is not one of this version ({error}); use the version that wrote it"
-        ) from None
-    changes = maths_changes(saved, run.config)
+        problem = f"its config is not one of this version ({error})"
+        raise CheckpointError(folder, f"{problem}; use the version that wrote it") from None
+    changes = maths_changes(saved, config)
     if changes:
         raise CheckpointError(
             folder, f"{'; '.join(changes)}. That would be another training: restore it or set another run.dir"
@@ -239,15 +238,12 @@ def continue_from(run: Run, folder: Path, old: checkpoint.Manifest) -> None:
         ("weights_digest", "the weights in model.path"),
         ("reference_digest", "the weights in reference.path"),
     ):
-        if getattr(old, name) != getattr(run.manifest, name):
+        if getattr(old, name) != getattr(new, name):
             raise CheckpointError(folder, f"{changed} changed since this run began; restore it or set another run.dir")
     for name in ("threads", "world_size"):
-        if getattr(old, name) != getattr(run.manifest, name):
-            before, now = getattr(old, name), getattr(run.manifest, name)
+        if getattr(old, name) != getattr(new, name):
+            before, now = getattr(old, name), getattr(new, name)
             say(f"note: {name} was {before}, is {now}: results agree up to rounding only")
-    checkpoint.load(folder, run.masters.named(), run.optimizer)
-    run.masters.refresh()
-    run.step = old.step
 
 
 def say(text: str) -> None:

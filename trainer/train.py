@@ -1,14 +1,24 @@
 """The command behind `trainer/main.py`: config, data, run folder, run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from data_tools.encode import Group
+from data_tools.shards import Shard
 from trainer import dist, numerics
 from trainer.checkpoint import read_manifest
 from trainer.config import Config, load_config, to_toml
 from trainer.errors import RunError
-from trainer.loop import export_model, train
+from trainer.loop import Run, export_model, train
 from trainer.metrics import MetricsWriter
-from trainer.run_folder import RunLock, ensure_writable, find_latest_checkpoint, remove_leftovers
+from trainer.run_folder import (
+    CHECKPOINTS,
+    RunLock,
+    ensure_writable,
+    find_latest_checkpoint,
+    remove_leftovers,
+    require_free_space,
+)
 from trainer.startup import look_at_data, make_run, open_data, say
 
 
@@ -21,38 +31,52 @@ def main(argv: list[str]) -> None:
     if not dist.is_main():
         _train(config, shard, held_out, None)
         return
-    ensure_writable(folder)
+    ensure_writable(folder / CHECKPOINTS)
     with RunLock(folder):
         remove_leftovers(folder)
         _train(config, shard, held_out, folder)
 
 
-def _train(config: Config, shard, held_out, folder: Path | None) -> None:
+def _train(config: Config, shard: Shard, held_out: Sequence[Group], folder: Path | None) -> None:
+    """`folder`: the run folder on the rank that writes there, None on the others."""
     dist.start()
     try:
-        resume_from = dist.broadcast_object(_resume_from(config) if dist.is_main() else None)
+        resume_from = dist.broadcast_object(_resume_from(config) if folder is not None else None)
         run = make_run(config, shard, held_out, resume_from)
         if run.step == 0:
             say(to_toml(config))
-            if dist.is_main():
+            if folder is not None:
                 look_at_data(config, shard)
         else:
             say(f"resuming from {resume_from} at step {run.step} of {run.total_steps}")
-        exported = dist.broadcast_object((Path(config.run.dir) / "export").is_dir())  # as rank 0 sees it
-        if run.step >= run.total_steps and (exported or not config.run.export):
-            say(f"finished: step {run.step} of {run.total_steps}, model in {Path(config.run.dir) / 'export'}")
+        to_export = dist.broadcast_object(config.run.export and not (run.folder / "export").is_dir())  # for rank 0
+        if run.step >= run.total_steps and not to_export:
+            say(f"finished: step {run.step} of {run.total_steps}, all of it in {run.folder}")
             return
-        metrics = None
-        if folder is not None:
-            (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-            metrics = MetricsWriter(folder, tensorboard=config.run.tensorboard)
-            metrics.cut_after(run.step)
-        train(run, metrics)
+        metrics = _open_metrics(run, folder) if folder is not None else None
+        try:
+            train(run, metrics)
+        finally:
+            if metrics is not None:
+                metrics.close()
         if config.run.export:
             export_model(run)
-            say(f"model: {Path(config.run.dir) / 'export'}")
+            say(f"model: {run.folder / 'export'}")
     finally:
         dist.stop()
+
+
+def _open_metrics(run: Run, folder: Path) -> MetricsWriter:
+    """Save the resolved config, cut the rows past the run's step. Raises RunError when the disk refuses."""
+    masters = sum(tensor.numel() * tensor.element_size() for tensor in run.masters.masters)
+    require_free_space(folder, 4 * masters)  # one checkpoint (weights and two moments) and the export
+    try:
+        (folder / "config.toml").write_text(to_toml(run.config), encoding="utf-8")
+    except OSError as error:
+        raise RunError(folder / "config.toml", f"cannot be written ({error.strerror}); move it away") from None
+    metrics = MetricsWriter(folder, tensorboard=run.config.run.tensorboard)
+    metrics.cut_after(run.step)
+    return metrics
 
 
 def _resume_from(config: Config) -> Path | None:
