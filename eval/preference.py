@@ -8,12 +8,16 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from trainer.entry import run_command
+from trainer.errors import RunError
 from trainer.metrics import read_metrics
+from trainer.models.config import ModelConfig
+from trainer.run_folder import ensure_file_writable, write_file
 from trainer.score import PairScore, load_for_scoring, read_pairs, score_pairs
+from trainer.startup import check_vocabulary
 
 Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 
@@ -50,8 +54,16 @@ def compare(before: Sequence[PairScore], after: Sequence[PairScore]) -> dict[str
     }
 
 
-def table(numbers: dict[str, float], run: str | None, model: str) -> str:
-    """The numbers as aligned text; `run`: a run folder whose metrics tell speed and memory."""
+def read_run(folder: str) -> list[dict[str, Any]]:
+    """The rows of a run's metrics. Raises RunError where there is none."""
+    rows = read_metrics(folder)
+    if not rows:
+        raise RunError(folder, "its metrics.jsonl has no row; name the folder of a run that trained")
+    return rows
+
+
+def table(numbers: dict[str, float], rows: Sequence[Mapping[str, Any]], model: str) -> str:
+    """The numbers as aligned text; `rows`: metrics of the training, which tell speed and memory (none: left out)."""
     n = numbers
     interval = f"95% interval {n['reward_accuracy_low']:.3f} to {n['reward_accuracy_high']:.3f}"
     shares = f"{n['policy_share_before']:.3f}", f"{n['policy_share_after']:.3f}"
@@ -63,8 +75,7 @@ def table(numbers: dict[str, float], run: str | None, model: str) -> str:
         ("log-prob chosen - rejected, nats", f"{n['margin_before']:.2f}", f"{n['margin_after']:.2f}"),
         ("log-prob of chosen, nats", f"{n['chosen_logps_before']:.2f}", f"{n['chosen_logps_after']:.2f}"),
     ]  # fmt: skip
-    if run is not None:
-        rows = read_metrics(run)
+    if rows:
         speeds = sorted(row["perf/pairs_per_s"] for row in rows)
         lines += [
             ("training steps", "", f"{rows[-1]['step']:.0f}"),
@@ -85,13 +96,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--run", help="run folder: adds speed and memory of the training")
     parser.add_argument("--json", help="write the numbers to this file too")
     args = parser.parse_args(argv)
+    rows = read_run(args.run) if args.run else []
+    if args.json:
+        ensure_file_writable(args.json)
     groups = read_pairs(args.data, args.before)
+    check_vocabulary(groups, ModelConfig.from_folder(args.after), args.after)
     before = score_pairs(load_for_scoring(args.before, args.dtype), groups)
     after = score_pairs(load_for_scoring(args.after, args.dtype), groups)
     numbers = compare(before, after)
-    print(table(numbers, args.run, args.after))
+    print(table(numbers, rows, args.after))
     if args.json:
-        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        write_file(args.json, json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

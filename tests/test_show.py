@@ -130,7 +130,7 @@ def test_only_the_rows_asked_for_are_read(model: Path, tmp_path: Path, capsys: p
     code, out, _ = show(capsys, "--data", data, "--model", model, "-n", 2)
     assert (code, out.count("--- chosen")) == (0, 2)
     code, _, err = show(capsys, "--data", data, "--model", model, "-n", 3)
-    assert (code, err) == (2, f"{data}:3: field 'chosen': missing; the row's columns are: broken\n")
+    assert (code, err) == (2, f"error: {data}:3: field 'chosen': missing; the row's columns are: broken\n")
 
 
 def test_faults_of_the_input_exit_with_two(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,6 +142,24 @@ def ensure_writable(folder: str | Path) -> None:
         raise RunError(folder, f"cannot be written to ({error.strerror}); choose another folder") from None
 
 
+def write_file(path: str | Path, text: str) -> None:
+    """Write a whole file by rename, so that an older one of that name stays until then. Raises RunError."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(path, f"cannot be written ({error.strerror}); give another file") from None
+
+
+def ensure_file_writable(path: str | Path) -> None:
+    """See before long work that its result can be written to the file `path`. Raises RunError."""
+    if Path(path).is_dir():
+        raise RunError(path, "is a folder; name a file")
+    ensure_writable(Path(path).parent)
+
+
 def require_free_space(path: str | Path, num_bytes: int) -> None:
     """Raise RunError unless the disk of `path` (which need not exist yet) has `num_bytes` free."""
     place = Path(path).absolute()

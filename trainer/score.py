@@ -7,7 +7,6 @@ One row out for each row in, in the same order, without a length limit:
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,12 @@ from data_tools.tokenizer import load_tokenizer
 from trainer import losses, numerics
 from trainer.batch import build_stream
 from trainer.entry import run_command
-from trainer.errors import RunError
 from trainer.loader import length_sorted_batches
+from trainer.models.config import ModelConfig
 from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
+from trainer.run_folder import ensure_file_writable, write_file
+from trainer.startup import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,12 @@ class PairScore:
 
 def read_pairs(path: str, model_dir: str | Path, chat_template: str | None = None) -> list[Group]:
     """All pairs of a file as groups, none dropped or cut. Raises UserError."""
+    model_config = ModelConfig.from_folder(model_dir)
     options = EncodeOptions(kind="pair", max_length=None)
     template = load_chat_template(model_dir, chat_template)
-    return encode_records(read_records([path], kind="pair"), load_tokenizer(model_dir), template, options)[0]
+    groups, _ = encode_records(read_records([path], kind="pair"), load_tokenizer(model_dir), template, options)
+    check_vocabulary(groups, model_config, model_dir)
+    return groups
 
 
 @torch.no_grad()
@@ -98,15 +102,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bf16"], help="arithmetic (default float32)")
     parser.add_argument("--chat-template", help="a jinja file used instead of the model's own template")
     args = parser.parse_args(argv)
+    ensure_file_writable(args.out)
     groups = read_pairs(args.data, args.model, args.chat_template)
     scores = score_pairs(load_for_scoring(args.model, args.dtype), groups)
-    temporary = f"{args.out}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows(scores))
-        os.replace(temporary, args.out)
-    except OSError as error:
-        raise RunError(args.out, f"cannot be written ({error.strerror}); give another --out") from None
+    write_file(args.out, "".join(json.dumps(row) + "\n" for row in rows(scores)))
     print(f"{len(scores)} pairs scored: {args.out}")
 
 

@@ -72,7 +72,7 @@ def check_fits_model(shard: Shard, model_config: ModelConfig, config: Config) ->
         )
 
 
-def check_vocabulary(groups: Sequence[Group], model_config: ModelConfig, path: str) -> None:
+def check_vocabulary(groups: Sequence[Group], model_config: ModelConfig, path: str | Path) -> None:
     """Raise ModelError where a token id has no row in the weights of the model at `path`."""
     largest = max(int(group.ids.max()) for group in groups)
     if largest >= model_config.vocab_size:
