@@ -1,59 +1,254 @@
-"""Log-probabilities of target tokens from hidden states, without building the (N, V) logits.
+"""Log-probabilities of target tokens from hidden states, forward and backward, without an (N, V) matrix.
 
-The vocabulary is walked in slabs. The forward keeps a running maximum and sum of exponentials a row; the backward computes
-a slab's logits again and writes its part of the head's gradient once.
-Shapes: N scored tokens, D width, V vocabulary, B columns of a slab.
+The vocabulary is walked in slabs of columns, so each slab's part of the head's gradient is one product, written once,
+in a fixed order. What is computed of a slab is
+
+    exps[n, v] = exp(logit[n, v] - center[n])      with the target's own entry taken out,
+
+so that logp = -log(1 + sum(exps) * exp(center - target_logit)): never positive, and exact for a token that the model
+is sure of. `center` is subtracted inside the product, before its result is rounded: as bfloat16, a logit of 20 is
+wrong by up to 0.06, while its distance to the row's largest logit is small where it matters. A row's center starts at
+its target's logit and is raised when a slab shows that it lies too low (`_Sums.raise_centers`).
+
+Four ways to the gradient, counted in products of 2*N*D*V floating-point operations:
+    recompute       4   forward, the slab once more, and two products with it
+    stash           3   `exps` of every slab is kept, in the weight's dtype: N*V numbers
+    frozen head     2   the gradient by `hidden` is summed up in the forward, as attention sums its output
+    no gradient     1
+Not here: a batch axis, masks, sums over tokens. Derived for this project; the running rescale is that of Milakov and
+Gimelshein 2018 (online softmax).
+
+Letters: N scored tokens, D width, V vocabulary, B columns of a slab. Exponents are in powers of two ("bits"), because
+exp2 is faster than exp. "wide" is the dtype of sums: float32, or float64 for float64 inputs.
 """
 
-import torch
-from torch import Tensor
+import math
+from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels import dispatch, reference
 from kernels.reference import compute_dtype
 
-SLAB = 2048
+LOG2E = math.log2(math.e)
+
+# At N 600 to 2048, D 576, V 49152, 1024 to 4096 columns differ by less than the noise; fewer are slower in bfloat16.
+SLAB_COLUMNS = 1024
+
+# A slab whose exponentials add up to more than this raises the row's center. bfloat16: logit - center stays below about
+# 2, and with it the rounding of the logits that count. Otherwise: far from overflow, and hardly any row is done twice.
+RAISE_ABOVE = {torch.bfloat16: 8.0, torch.float32: 1e8, torch.float64: 1e8}
+
+# center - log normaliser is held above this: what lies lower has a probability of 1e-16 at most, and exp2 of its
+# negative, by which the target's entry is multiplied, must not overflow.
+LOWEST_GAP_BITS = -80.0
+
+
+class _Slab(NamedTuple):
+    """Columns [start, stop) of the vocabulary, and the targets among them: at (rows[k], start + columns[k])."""
+
+    start: int
+    stop: int
+    rows: Tensor
+    columns: Tensor
+
+
+def _cut_slabs(targets: Tensor, vocabulary: int) -> list[_Slab]:
+    ordered, order = torch.sort(targets, stable=True)
+    edges = [*range(0, vocabulary, SLAB_COLUMNS), vocabulary]
+    firsts = torch.searchsorted(ordered, torch.tensor(edges, device=targets.device)).tolist()
+    return [
+        _Slab(start, stop, order[first:last], ordered[first:last] - start)
+        for start, stop, first, last in zip(edges[:-1], edges[1:], firsts[:-1], firsts[1:], strict=True)
+    ]
+
+
+def _slab_of(flat: Tensor, rows: int, slab: _Slab, *, whole: bool) -> Tensor:
+    """A contiguous (rows, B) matrix inside a flat buffer, which holds all slabs one after another or one at a time."""
+    columns = slab.stop - slab.start
+    start = rows * slab.start if whole else 0
+    return flat[start : start + rows * columns].view(rows, columns)
+
+
+def _rounded(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """`bits` rounded to what `dtype` can hold, in its own dtype: a center enters the product in the inputs' dtype."""
+    return bits.to(dtype).to(bits.dtype)
+
+
+def _exponentials(hidden: Tensor, part: Tensor, center_bits: Tensor, out: Tensor) -> Tensor:
+    """exp(hidden @ part.T - center) into `out`: (N, D), (B, D), (N,) -> (N, B)."""
+    shift = -center_bits[:, None].to(out.dtype)
+    if out.dtype == torch.bfloat16:
+        torch.addmm(shift, hidden, part.T, alpha=LOG2E, out=out)
+    else:  # nothing to gain from subtracting early, and a product that adds to its output is slower
+        torch.add(shift, torch.mm(hidden, part.T, out=out), alpha=LOG2E, out=out)
+    return out.exp2_()
+
+
+class _Sums:
+    """What the forward carries from slab to slab, a row of `hidden` each.
+
+    center_bits (N,): see the module; representable in the inputs' dtype. others (N,): sum of exp(logit - center) over
+    all tokens but the target. weighted (N, D) or None: sum of exp(logit - center) * weight[v] over the same.
+    """
+
+    def __init__(self, hidden: Tensor, target_bits: Tensor, *, with_weighted: bool) -> None:
+        self.hidden = hidden
+        self.center_bits = _rounded(target_bits, hidden.dtype)
+        self.others = torch.zeros_like(target_bits)
+        self.weighted = hidden.new_zeros(hidden.shape, dtype=target_bits.dtype) if with_weighted else None
+
+    def add(self, part: Tensor, slab: _Slab, exps: Tensor) -> None:
+        """Fill `exps` (N, B) for the slab with weights `part` (B, D), and add it up."""
+        _exponentials(self.hidden, part, self.center_bits, exps)
+        sums = self._sum_without_targets(exps, slab)
+        high = (sums > RAISE_ABOVE[exps.dtype]).nonzero().squeeze(1)
+        if len(high):
+            self.raise_centers(high, sums[high], part)
+            again = exps.new_empty(len(high), len(part))
+            exps[high] = _exponentials(self.hidden[high], part, self.center_bits[high], again)
+            sums = self._sum_without_targets(exps, slab)
+        self.others += sums
+        if self.weighted is not None:
+            self.weighted += exps @ part
+
+    def _sum_without_targets(self, exps: Tensor, slab: _Slab) -> Tensor:
+        exps[slab.rows, slab.columns] = 0.0
+        return exps.sum(1, dtype=self.others.dtype)
+
+    def raise_centers(self, rows: Tensor, sums: Tensor, part: Tensor) -> None:
+        """Move the centers of `rows` (K,) up to the log of the slab's `sums` (K,); where that is inf, to its top logit."""
+        old = self.center_bits[rows]
+        new = old + sums.log2()
+        if not torch.isfinite(sums).all():
+            logits = self.hidden[rows].to(old.dtype) @ part.to(old.dtype).T
+            new = torch.where(torch.isfinite(sums), new, logits.amax(1) * LOG2E)
+        new = _rounded(new, self.hidden.dtype)
+        scale = torch.exp2(old - new)
+        # a new tensor, because the stash remembers the old centers
+        self.center_bits = self.center_bits.index_copy(0, rows, new)
+        self.others[rows] *= scale
+        if self.weighted is not None:
+            self.weighted[rows] *= scale[:, None]
+
+    def logps(self, target_bits: Tensor) -> Tensor:
+        """(N,): minus the softplus of the log-odds of all other tokens against the target."""
+        log_odds = self.others.log() + (self.center_bits - target_bits) / LOG2E
+        return -F.softplus(log_odds, threshold=40.0)  # the default of 20 is not exact enough for float64
+
+
+def _gap_bits(center_bits: Tensor, normaliser_bits: Tensor) -> Tensor:
+    """log2 of what turns `exps` into probabilities, (N,)."""
+    return (center_bits - normaliser_bits).clamp(min=LOWEST_GAP_BITS)
+
+
+def _put_target_entries(exps: Tensor, slab: _Slab, logps: Tensor, gap_bits: Tensor) -> None:
+    """Write the targets' entries, so that exps * exp2(gap) is probability - onehot, minus the gradient by the logits.
+
+    p - 1 comes from logp through expm1: as a difference of rounded numbers it would be lost for an almost sure token.
+    """
+    rows = slab.rows
+    exps[rows, slab.columns] = (torch.expm1(logps[rows]) * torch.exp2(-gap_bits[rows])).to(exps.dtype)
 
 
 class _LinearLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        wide = compute_dtype(hidden.dtype)
-        count = hidden.shape[0]
-        peak = torch.full((count,), -torch.inf, dtype=wide)
-        total = torch.zeros(count, dtype=wide)
-        picked = torch.zeros(count, dtype=wide)
-        for start in range(0, weight.shape[0], SLAB):
-            logits = (hidden @ weight[start : start + SLAB].T).to(wide)
-            inside = (targets >= start) & (targets < start + logits.shape[1])
-            index = (targets - start).clamp(0, logits.shape[1] - 1)
-            picked += logits.gather(1, index[:, None]).squeeze(1) * inside
-            new_peak = torch.maximum(peak, logits.amax(1))
-            total = total * (peak - new_peak).exp() + (logits - new_peak[:, None]).exp().sum(1)
-            peak = new_peak
-        lse = peak + total.log()
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        return picked - lse
+    """Which way the gradient is found follows from `stash` and from which inputs ask for one (see the module)."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        hidden, weight, targets, lse = ctx.saved_tensors
-        wide = lse.dtype
-        grad_hidden = torch.zeros(hidden.shape, dtype=wide)
-        grad_weight = torch.zeros_like(weight)
-        for start in range(0, weight.shape[0], SLAB):
-            part = weight[start : start + SLAB]
-            dlogits = -((hidden @ part.T).to(wide) - lse[:, None]).exp()
-            inside = ((targets >= start) & (targets < start + part.shape[0])).to(wide)
-            index = (targets - start).clamp(0, part.shape[0] - 1)
-            dlogits.scatter_add_(1, index[:, None], inside[:, None])
-            dlogits = (dlogits * grad[:, None]).to(weight.dtype)
-            grad_hidden += dlogits @ part
-            torch.mm(dlogits.T, hidden, out=grad_weight[start : start + SLAB])
-        return grad_hidden.to(hidden.dtype), grad_weight, None
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, stash: bool, grad_enabled: bool) -> Tensor:
+        by_hidden, by_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        stash = stash and by_weight
+        rows = len(hidden)
+        target_weight = weight.index_select(0, targets)
+        target_bits = (hidden.to(compute_dtype(hidden.dtype)) * target_weight).sum(1) * LOG2E
+        sums = _Sums(hidden, target_bits, with_weighted=by_hidden and not by_weight)
+        slabs = _cut_slabs(targets, len(weight))
+        buffer = hidden.new_empty(rows * (len(weight) if stash else min(SLAB_COLUMNS, len(weight))))
+        centers = []
+        for slab in slabs:
+            sums.add(weight[slab.start : slab.stop], slab, _slab_of(buffer, rows, slab, whole=stash))
+            centers.append(sums.center_bits)
+        logps = sums.logps(target_bits)
+        normaliser_bits = target_bits - logps * LOG2E
+        if by_weight:
+            if stash:
+                for slab, center_bits in zip(slabs, centers, strict=True):
+                    exps = _slab_of(buffer, rows, slab, whole=True)
+                    _put_target_entries(exps, slab, logps, _gap_bits(center_bits, normaliser_bits))
+                ctx.centers = centers
+            kept = buffer if stash else None
+            ctx.save_for_backward(hidden, weight, targets, logps, normaliser_bits, kept)
+        elif by_hidden:
+            probability_scale = torch.exp2(sums.center_bits - normaliser_bits)[:, None]
+            ctx.hidden_dtype = hidden.dtype
+            ctx.save_for_backward(-torch.expm1(logps)[:, None] * target_weight - probability_scale * sums.weighted)
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[1]:
+            (by_hidden,) = ctx.saved_tensors
+            return (grad[:, None] * by_hidden).to(ctx.hidden_dtype), None, None, None, None
+        hidden, weight, targets, logps, normaliser_bits, kept = ctx.saved_tensors
+        rows = len(hidden)
+        grad_hidden = hidden.new_zeros(hidden.shape, dtype=logps.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight)
+        buffer = hidden.new_empty(rows * min(SLAB_COLUMNS, len(weight))) if kept is None else kept
+        center_bits = _rounded(normaliser_bits, hidden.dtype)
+        for index, slab in enumerate(_cut_slabs(targets, len(weight))):
+            part = weight[slab.start : slab.stop]
+            exps = _slab_of(buffer, rows, slab, whole=kept is not None)
+            if kept is None:
+                _exponentials(hidden, part, center_bits, exps)
+                _put_target_entries(exps, slab, logps, _gap_bits(center_bits, normaliser_bits))
+            else:
+                center_bits = ctx.centers[index]
+            if kept is not None or index == 0:  # the factor belongs on exps, but (N, D) is the smaller matrix
+                factor = -(grad * torch.exp2(_gap_bits(center_bits, normaliser_bits)))[:, None]
+                scaled_hidden = (factor * hidden).to(weight.dtype)
+            torch.mm(exps.T, scaled_hidden, out=grad_weight[slab.start : slab.stop])
+            if grad_hidden is not None:
+                grad_hidden.addcmul_(factor, exps @ part)
+        return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden, weight, targets))
+    if hidden.ndim != 2 or weight.ndim != 2 or targets.ndim != 1:
+        raise ValueError(f"linear_logps needs hidden (N, D), weight (V, D) and targets (N,); got {shapes}")
+    if hidden.shape[1] != weight.shape[1] or len(hidden) != len(targets) or 0 in weight.shape:
+        raise ValueError(f"linear_logps: N or D differs between hidden, weight and targets, or D or V is 0: {shapes}")
+    if hidden.dtype != weight.dtype or hidden.dtype not in RAISE_ABOVE:
+        names = ", ".join(str(dtype) for dtype in RAISE_ABOVE)
+        raise ValueError(f"linear_logps: hidden is {hidden.dtype}, weight {weight.dtype}; must be the same, of {names}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"linear_logps: targets are {targets.dtype}; must be torch.int64")
+    if len(targets):
+        low, high = (int(bound) for bound in targets.aminmax())
+        if low < 0 or high >= len(weight):
+            raise ValueError(
+                f"linear_logps: targets range from {low} to {high}, the vocabulary from 0 to {len(weight) - 1}; "
+                "leave out the rows that are not scored"
+            )
 
 
 def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, stash: bool = False, impl: str = "auto") -> Tensor:
-    """log softmax(hidden @ weight.T) at `targets`, (N,) float32.
+    """log softmax(hidden @ weight.T) at `targets`, (N,) nats, float32 (float64 for float64 inputs).
 
-    hidden (N, D) and weight (V, D) of the same dtype, targets (N,) int64 in [0, V).
+    hidden (N, D) and weight (V, D): the same dtype, float32, bfloat16 or float64. targets (N,) int64 in [0, V). N may
+        be 0.
+    stash: keep N * V numbers in the weight's dtype between forward and backward, which saves one product of four. Used
+        only when `weight` asks for a gradient.
+    impl: as `dispatch.resolve` takes it. "reference" builds the logits whole.
+
+    Gradients flow into `hidden` and `weight`, once (no double backward), and repeat bit for bit at one number of
+    threads. Raises ValueError for shapes, dtypes or targets that do not fit.
     """
-    return _LinearLogps.apply(hidden, weight, targets)
+    _check(hidden, weight, targets)
+    if dispatch.resolve(impl) == "reference":
+        return reference.linear_logps(hidden, weight, targets)
+    return _LinearLogps.apply(hidden.contiguous(), weight, targets, stash, torch.is_grad_enabled())
