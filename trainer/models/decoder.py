@@ -16,8 +16,8 @@ from kernels.linear_logps import linear_logps
 from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
 from kernels.swiglu import swiglu
-from trainer.batch import GroupLayout, Stream
-from trainer.models.attention import additive_masks, stream_attention
+from trainer.batch import Stream
+from trainer.models.attention import row_blocks, stream_attention
 from trainer.models.config import ModelConfig
 
 
@@ -45,9 +45,9 @@ class SelfAttention(nn.Module):
         q_THh = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         k_TKh = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         v_TKh = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        q_THh = apply_rope(q_THh, shared.cos, shared.sin)
+        q_THh = apply_rope(q_THh, shared.scaled_cos, shared.scaled_sin)
         k_TKh = apply_rope(k_TKh, shared.cos, shared.sin)
-        out_THh = stream_attention(q_THh, k_TKh, v_TKh, shared.layout, shared.masks)
+        out_THh = stream_attention(q_THh, k_TKh, v_TKh, shared.blocks)
         return self.o_proj(out_THh.flatten(-2))
 
 
@@ -76,13 +76,17 @@ class Block(nn.Module):
 
 
 class SharedByLayers:
-    """What every layer of one forward needs of the stream: rotary tables (T, h / 2) float32, layout, masks."""
+    """What every layer of one forward needs of the stream: rotary tables (T, h / 2) float32, attention's blocks.
+
+    The queries' tables carry attention's 1 / sqrt(h), so that scaling costs neither a pass nor a rounding.
+    """
 
     def __init__(self, stream: Stream, config: ModelConfig) -> None:
         angles = torch.outer(stream.positions.float(), rope_frequencies(config).to(stream.positions.device))
         self.cos, self.sin = angles.cos(), angles.sin()
-        self.layout: tuple[GroupLayout, ...] = stream.layout
-        self.masks = additive_masks(stream.layout)
+        scale = config.head_dim**-0.5
+        self.scaled_cos, self.scaled_sin = self.cos * scale, self.sin * scale
+        self.blocks = row_blocks(stream.layout)
 
 
 class Decoder(nn.Module):
