@@ -1,11 +1,11 @@
 """Time training steps on this machine: `python -m trainer.bench step --model DIR --data F [options] --json OUT`.
 
 The steps are those of a real run (startup, reference cache, optimizer), on the first pairs x steps rows in file order.
-The first step is not counted. Numbers of two machines are never comparable; the GEMM limit measured beside them says how
-fast this one is at this moment.
+The first step is not counted. Numbers of two machines are never comparable; the GEMM limit measured beside them says
+how fast this one is at this moment.
 
-gflop_floor: what a step cannot do without: 6 x body parameters x unique tokens (forward, and backward twice that), 6 D V
-a scored row, and attention over the pairs of tokens that may see each other.
+gflop_floor: what a step cannot do without: 6 x body parameters x unique tokens (forward, and backward twice that), 6 D V a
+scored row, and attention over the pairs of tokens that may see each other.
 """
 
 import argparse

@@ -90,7 +90,13 @@ def look_at_data(config: Config, shard: Shard) -> None:
             say(f"lint: {finding.text}")
 
 
-def make_run(config: Config, shard: Shard, held_out: Sequence[Group], resume_from: Path | None) -> Run:
+def make_run(
+    config: Config,
+    shard: Shard,
+    held_out: Sequence[Group],
+    resume_from: Path | None,
+    loader_type: type[Loader] = Loader,
+) -> Run:
     """Load the model, score what the reference has not scored yet, then put the checkpoint's state in place."""
     objective = Objective(config.train.objective, config.loss)
     old = checkpoint.read_manifest(resume_from) if resume_from is not None else None
@@ -115,7 +121,7 @@ def make_run(config: Config, shard: Shard, held_out: Sequence[Group], resume_fro
     model = load_model(config, str(choices["impl"]))
     compute_dtype = numerics.COMPUTE_DTYPES[config.train.dtype]
     masters = MasterWeights(model, compute_dtype=compute_dtype, pure=config.train.dtype == "pure_bf16")
-    loader = Loader(shard, config.train.global_batch, config.train.tokens_per_microbatch, config.train.seed)
+    loader = loader_type(shard, config.train.global_batch, config.train.tokens_per_microbatch, config.train.seed)
     run = Run(
         config=config,
         model=model,

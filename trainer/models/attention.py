@@ -6,7 +6,8 @@ the block's end, so only the last square of its scores needs a mask, other branc
 than (H, ROWS, keys) is ever in memory, whatever the length. A short group is one block with a mask of its own: fewer,
 larger products.
 
-Letters: T tokens of the stream, n rows of a block, m its keys, H query heads, K key-value heads, R = H / K, h head width.
+Letters: T tokens of the stream, n rows of a block, m its keys, H query heads, K key-value heads, R = H / K, h head
+width.
 """
 
 from collections.abc import Sequence
@@ -75,8 +76,8 @@ def stream_attention(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, blocks: Sequen
 
 
 class _StreamAttention(torch.autograd.Function):
-    """Per block: GEMM, float32 softmax, GEMM. The backward forms the probabilities again, so nothing of the scores' size
-    is kept; it needs five GEMMs.
+    """Per block: GEMM, float32 softmax, GEMM. The backward forms the probabilities again, so nothing of the scores'
+    size is kept; it needs five GEMMs.
 
     The R query heads that share a key-value head are stacked along the rows, so the GEMM itself sums their key and
     value gradients. The prompt's gradients, summed over its branches, are summed in float32.
