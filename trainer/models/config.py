@@ -64,17 +64,15 @@ class ModelConfig:
             raise ModelError(
                 path, f"model_type {model_type!r} is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
             )
-        for key in REQUIRED_KEYS:
-            value = raw.get(key)
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise ModelError(path, f"key {key!r} must be a positive integer, got {value!r}")
+        vocab_size, hidden_size, num_layers, num_heads, intermediate_size = (
+            _size(raw.get(key), key, path) for key in REQUIRED_KEYS
+        )
         if raw.get("hidden_act", "silu") != "silu":
             raise ModelError(path, f"hidden_act {raw['hidden_act']!r} is not supported; supported: silu")
         if raw.get("quantization_config"):
             raise ModelError(path, "quantised weights are not supported as a starting point; use the unquantised model")
-        num_heads = raw["num_attention_heads"]
-        num_kv_heads = raw.get("num_key_value_heads") or num_heads
-        head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
+        num_kv_heads = _size(raw.get("num_key_value_heads") or num_heads, "num_key_value_heads", path)
+        head_dim = _size(raw.get("head_dim") or hidden_size // num_heads, "head_dim", path)
         if num_heads % num_kv_heads:
             raise ModelError(
                 path, f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
@@ -83,21 +81,27 @@ class ModelConfig:
             raise ModelError(path, f"head_dim {head_dim} must be even for rotary embeddings")
         theta, scaling = _rope(raw, path)
         return cls(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            num_layers=raw["num_hidden_layers"],
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            intermediate_size=raw["intermediate_size"],
+            intermediate_size=intermediate_size,
             rms_norm_eps=_positive(raw, "rms_norm_eps", 1e-6, path),
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             attention_bias=bool(raw.get("attention_bias", False)),
             mlp_bias=bool(raw.get("mlp_bias", False)),
-            max_positions=int(raw.get("max_position_embeddings") or 2048),
+            max_positions=_size(raw.get("max_position_embeddings") or 2048, "max_position_embeddings", path),
         )
+
+
+def _size(value: object, key: str, path: str | Path) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ModelError(path, f"key {key!r} must be a positive integer, got {value!r}")
+    return value
 
 
 def _positive(raw: dict, key: str, default: float, path: str | Path) -> float:
@@ -122,4 +126,6 @@ def _rope(raw: dict, path: str | Path) -> tuple[float, RopeScaling | None]:
         raise ModelError(path, f"rope_type {kind!r} is not supported; supported: default, llama3")
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     values = {key: _positive(parameters, key, float("nan"), path) for key in keys}
+    if values["low_freq_factor"] >= values["high_freq_factor"]:
+        raise ModelError(path, "key 'low_freq_factor' must be below 'high_freq_factor'")
     return theta, RopeScaling(**{**values, "original_max_position_embeddings": int(values[keys[3]])})
