@@ -57,7 +57,9 @@ def load_weights(model: nn.Module, folder: str | Path, *, dtype: torch.dtype) ->
             )
         if not tensor.is_floating_point():
             raise ModelError(path, f"tensor {name!r} has dtype {tensor.dtype}; a floating-point tensor is needed")
-        setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=expected.requires_grad))
+        # a copy: what safetensors gives is the mapped file itself, which changes when somebody overwrites the file
+        parameter = nn.Parameter(tensor.to(dtype, copy=True), requires_grad=expected.requires_grad)
+        setattr(module, leaf, parameter)
         seen.add(name)
     missing = sorted(wanted.keys() - seen)
     if missing:
@@ -78,8 +80,8 @@ def weight_files(folder: str | Path) -> list[Path]:
     else:
         raise ModelError(folder, f"neither {SINGLE_FILE} nor {INDEX_FILE} in it; only safetensors weights are read")
     for name in names:
-        if not (folder / name).is_file():
-            raise ModelError(folder / name, f"is named by {INDEX_FILE} but is not there; download it again")
+        if not isinstance(name, str) or not (folder / name).is_file():
+            raise ModelError(folder, f"file {name!r} is named by {INDEX_FILE} but is not there; download it again")
     return [folder / name for name in names]
 
 
@@ -90,7 +92,7 @@ def iter_weights(folder: str | Path) -> Iterator[tuple[Path, str, Tensor]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                     yield path, name, file.get_tensor(name)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ModelError(path, f"is not a whole safetensors file ({error}); copy it again") from None
 
 
@@ -100,13 +102,14 @@ def write_safetensors(
     """Write named tensors to one safetensors file, holding one converted tensor at a time.
 
     `safetensors.torch.save_file` and torch's own Hugging Face writer build the whole file in memory first: a second
-    copy of weights and optimizer. Tensors must be contiguous once converted; `dtype` converts floating-point ones.
+    copy of weights and optimizer. `dtype` converts floating-point tensors.
+    Wider dtypes come first in the file, so that every tensor starts at a multiple of its item size.
     """
-    entries = list(tensors)
+    entries = sorted(tensors, key=lambda entry: -_stored_as(entry[1], dtype).itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in entries:
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        kind = _stored_as(tensor, dtype)
         size = tensor.numel() * kind.itemsize
         header[name] = {
             "dtype": DTYPE_NAMES[kind],
@@ -120,7 +123,9 @@ def write_safetensors(
         file.write(struct.pack("<Q", len(encoded)))
         file.write(encoded)
         for _, tensor in entries:
-            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            data = tensor.detach().to(device="cpu", dtype=kind).contiguous()
+            data = tensor.detach().to(device="cpu", dtype=_stored_as(tensor, dtype)).contiguous()
             file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
-        file.flush()
+
+
+def _stored_as(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
