@@ -1,0 +1,167 @@
+"""Prefix-shared attention against its definition: one softmax over what a token may see, group by group."""
+
+import pytest
+import torch
+from model_fixtures import random_group
+from torch import Tensor
+
+from trainer.batch import GroupLayout, build_stream
+from trainer.models import attention
+from trainer.models.attention import Block, allowed_mask, row_blocks, stream_attention
+
+LENGTHS = [(5, 3, 4), (1, 1, 2, 6), (0, 4, 2), (7,), (2, 9)]
+PATHS = pytest.mark.parametrize(
+    ("whole_group", "rows"), [(128, 256), (0, 256), (0, 2), (9, 4)], ids=["whole", "branches", "blocks", "both"]
+)
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch, whole_group: int, rows: int) -> None:
+    """How groups are cut into blocks."""
+    monkeypatch.setattr(attention, "WHOLE_GROUP", whole_group)
+    monkeypatch.setattr(attention, "ROWS", rows)
+
+
+def layout_of(lengths: list[tuple[int, ...]]) -> tuple[GroupLayout, ...]:
+    return build_stream([random_group(each) for each in lengths]).layout
+
+
+def random_heads(tokens: int, *, heads: int = 6, kv_heads: int = 2, width: int = 8, seed: int = 0) -> list[Tensor]:
+    """q (T, H, h), k and v (T, K, h) in float64, with scores large enough to make the softmax uneven."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(tokens, n, width, generator=generator).double() for n in (heads, kv_heads, kv_heads)]
+
+
+def definition(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, layout: tuple[GroupLayout, ...]) -> Tensor:
+    """A loop over tokens and heads; the scale is in q."""
+    out = torch.zeros_like(q_THh)
+    rep = q_THh.shape[1] // k_TKh.shape[1]
+    for group in layout:
+        allowed = allowed_mask(group.lengths)
+        for row in range(sum(group.lengths)):
+            seen = group.start + allowed[row].nonzero().squeeze(1)
+            for head in range(q_THh.shape[1]):
+                scores = k_TKh[seen, head // rep] @ q_THh[group.start + row, head]
+                out[group.start + row, head] = scores.softmax(0) @ v_TKh[seen, head // rep]
+    return out
+
+
+def visible(block: Block) -> list[tuple[int, int]]:
+    """(row, key) stream positions that a block lets through."""
+    keys = [*range(block.prompt.start, block.prompt.stop), *range(block.own.start, block.own.stop)]
+    masked = len(keys) - block.mask.shape[1]
+    pairs = []
+    for row, hidden in zip(range(block.rows.start, block.rows.stop), block.mask, strict=True):
+        shown = keys[:masked] + [key for key, value in zip(keys[masked:], hidden.tolist(), strict=True) if value == 0]
+        pairs += [(row, key) for key in shown]
+    return pairs
+
+
+def test_mask_by_hand() -> None:
+    assert allowed_mask((2, 2, 1)).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+
+
+@PATHS
+@pytest.mark.usefixtures("cut")
+def test_blocks_let_through_what_the_mask_allows() -> None:
+    layout = layout_of(LENGTHS)
+    found = [pair for block in row_blocks(layout) for pair in visible(block)]
+    expected = [
+        (group.start + row, group.start + key)
+        for group in layout
+        for row, key in allowed_mask(group.lengths).nonzero().tolist()
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_long_groups_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "WHOLE_GROUP", 8)
+    monkeypatch.setattr(attention, "ROWS", 3)
+    blocks = row_blocks(layout_of([(2, 3, 3), (4, 1, 7)]))
+    assert [(block.rows.start, block.rows.stop) for block in blocks] == [
+        (0, 8),
+        (8, 11),
+        (11, 12),
+        (12, 13),
+        (13, 16),
+        (16, 19),
+        (19, 20),
+    ]
+    # the third block of the last branch: prompt, then the branch so far; only its own square is masked
+    assert (blocks[-1].prompt, blocks[-1].own, blocks[-1].mask.shape) == (slice(8, 12), slice(13, 20), (1, 1))
+
+
+@PATHS
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.usefixtures("cut")
+def test_values_and_gradients(kv_heads: int) -> None:
+    layout = layout_of(LENGTHS)
+    inputs = [x.requires_grad_() for x in random_heads(layout[-1].stop, kv_heads=kv_heads)]
+    out, expected = stream_attention(*inputs, row_blocks(layout)), definition(*inputs, layout)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    found = torch.autograd.grad(out, inputs, cotangent)
+    for name, ours, theirs in zip("qkv", found, torch.autograd.grad(expected, inputs, cotangent), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@PATHS
+@pytest.mark.usefixtures("cut")
+def test_backward_is_the_derivative() -> None:
+    blocks = row_blocks(layout_of([(2, 2, 3)]))
+    inputs = [x.requires_grad_() for x in random_heads(7, heads=4, width=4)]
+    assert torch.autograd.gradcheck(lambda q, k, v: stream_attention(q, k, v, blocks), inputs)
+
+
+@PATHS
+@pytest.mark.usefixtures("cut")
+def test_what_may_not_be_seen_has_no_influence() -> None:
+    """Rejected rows are bit for bit the same whatever keys and values chosen has, and send it no gradient."""
+    blocks = row_blocks(layout_of([(4, 5, 6)]))
+    q, k, v = random_heads(15)
+    before = stream_attention(q, k, v, blocks)
+    k[4:9] *= -3
+    v[4:9] += 100
+    k.requires_grad_(), v.requires_grad_()
+    after = stream_attention(q, k, v, blocks)
+    assert torch.equal(before[9:], after[9:])
+    assert torch.equal(before[:4], after[:4])
+    assert (before[4:9] != after[4:9]).all()
+    for gradient in torch.autograd.grad(after[9:].sum(), (k, v)):
+        assert (gradient[4:9] == 0).all()
+        assert (gradient[:4] != 0).any()
+
+
+def plain_attention(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, layout: tuple[GroupLayout, ...]) -> Tensor:
+    """PyTorch operators in the inputs' dtype, a group at a time."""
+    outputs = []
+    for group in layout:
+        q, k, v = (x[group.start : group.stop].transpose(0, 1) for x in (q_THh, k_TKh, v_TKh))
+        k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], 0) for x in (k, v))
+        scores = (q @ k.transpose(1, 2)).masked_fill(~allowed_mask(group.lengths), float("-inf"))
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@PATHS
+@pytest.mark.usefixtures("cut")
+def test_bfloat16_is_no_worse_than_plain() -> None:
+    """Output and gradients, root mean square error against float64 on the same inputs; 1.5: the draw of rounding errors."""
+    layout = layout_of([(40, 30, 35), (6, 5, 9)])
+    rounded = [x.bfloat16() for x in random_heads(layout[-1].stop, width=16)]
+    cotangent = torch.randn(rounded[0].shape, generator=torch.Generator().manual_seed(7)).bfloat16()
+    results = []
+    for kind, dtype in (("ours", torch.bfloat16), ("plain", torch.bfloat16), ("plain", torch.float64)):
+        inputs = [x.to(dtype).requires_grad_() for x in rounded]
+        out = stream_attention(*inputs, row_blocks(layout)) if kind == "ours" else plain_attention(*inputs, layout)
+        assert out.dtype == dtype
+        results.append([out, *torch.autograd.grad(out, inputs, cotangent.to(dtype))])
+    for name, ours, plain, truth in zip(("out", "q", "k", "v"), *results, strict=True):
+        error, baseline = ((x.double() - truth).square().mean().sqrt().item() for x in (ours, plain))
+        assert error <= 1.5 * baseline, f"{name}: {error=} {baseline=}"
