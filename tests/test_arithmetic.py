@@ -83,6 +83,22 @@ def test_rejected_differs_in_digits_only_and_is_wrong() -> None:
         assert last_number(rejected) != int(row["reference_answer"])
 
 
+def test_what_follows_a_slip_is_worked_out_from_it() -> None:
+    for row in ROWS:
+        known = set(numbers_in(row["prompt"][0]["content"]))
+        for left, _, right, result in equations(text(row, "rejected")):
+            assert {left, right} <= known, row
+            known.add(result)
+    early = [row for row in ROWS if wrong_equations("\n".join(text(row, "rejected").splitlines()[:-2]))]
+    assert len(early) > 50  # not only last steps go wrong
+
+
+def test_numbers_stay_in_range() -> None:
+    shown = {number for row in ROWS for side in ("chosen", "rejected") for number in numbers_in(text(row, side))}
+    assert min(shown) >= 2 and max(shown) <= 99
+    assert not any("-" in re.sub(r"\d - \d", "", text(row, "rejected")) for row in ROWS)  # no negative number
+
+
 def test_each_slip_is_what_it_says() -> None:
     for row in ROWS:
         chosen, rejected = text(row, "chosen"), text(row, "rejected")

@@ -91,8 +91,10 @@ def calculate(op: str, left: int, right: int) -> int | None:
 def work(template: Template, numbers: dict[str, int], slip: Slip | None = None) -> Working | None:
     """Work the problem out, with the slip's number in its place and all that follows computed from it.
 
-    None when a result falls outside VALUE_RANGE or a division leaves a rest.
+    None when a number falls outside VALUE_RANGE or a division leaves a rest.
     """
+    if slip is not None and not VALUE_RANGE[0] <= slip.value <= VALUE_RANGE[1]:
+        return None
     values = dict(numbers)
     steps: list[Calculation] = []
     for index, step in enumerate(template.steps):

@@ -102,7 +102,7 @@ def convert(gguf_path: str | Path, out_dir: str | Path, *, dtype: str = "float32
     """Write the model of `gguf_path` as a new Hugging Face folder `out_dir`, weights in `dtype` (a key of DTYPES).
 
     Raises ModelError when the file is not a readable GGUF, holds something that cannot be carried over, or when
-    `out_dir` exists. Memory: one tensor at a time (twice the largest tensor), whatever the model's size.
+    `out_dir` exists. Memory: one tensor at a time (a few copies of the largest), whatever the model's size.
     """
     source, target = Path(gguf_path), Path(out_dir)
     if target.exists():
