@@ -152,7 +152,7 @@ def plain_attention(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, layout: tuple[G
 @PATHS
 @pytest.mark.usefixtures("cut")
 def test_bfloat16_is_no_worse_than_plain() -> None:
-    """Output and gradients, root mean square error against float64 on the same inputs; 1.5: the draw of rounding errors."""
+    """Output and gradients, root mean square error against float64; 1.5 is for the draw of rounding errors."""
     layout = layout_of([(40, 30, 35), (6, 5, 9)])
     rounded = [x.bfloat16() for x in random_heads(layout[-1].stop, width=16)]
     cotangent = torch.randn(rounded[0].shape, generator=torch.Generator().manual_seed(7)).bfloat16()
