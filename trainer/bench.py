@@ -4,8 +4,8 @@ The steps are those of a real run (startup, reference cache, optimizer), on the 
 The first step is not counted. Numbers of two machines are never comparable; the GEMM limit measured beside them says
 how fast this one is at this moment.
 
-gflop_floor: what a step cannot do without: 6 x body parameters x unique tokens (forward, and backward twice that), 6 D V a
-scored row, and attention over the pairs of tokens that may see each other.
+gflop_floor: what a step cannot do without: 6 x body parameters x unique tokens (forward, and backward twice that),
+6 D V a scored row, and attention over the pairs of tokens that may see each other.
 """
 
 import argparse
@@ -172,7 +172,7 @@ def main(argv: list[str]) -> None:
     step.add_argument("--pairs", type=int, default=4, help="pairs a step")
     step.add_argument("--steps", type=int, default=6, help="steps, the first of which is not counted")
     step.add_argument("--max-length", type=int, default=512, help="longer completions are cut")
-    step.add_argument("--tokens-per-microbatch", type=int, default=4096)
+    step.add_argument("--tokens-per-microbatch", type=int, default=2048)
     step.add_argument("--activation-checkpointing", default="none", choices=["none", "full"])
     step.add_argument("--stash", action="store_true", help="keep the head's logits between forward and backward")
     step.add_argument("--matmul", default="auto", choices=["auto", "highest", "medium"])

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.linear_logps import linear_logps
 from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
-from kernels.swiglu import swiglu
+from kernels.swiglu_linear import swiglu_linear
 from trainer.batch import Stream
 from trainer.models.attention import row_blocks, stream_attention
 from trainer.models.config import ModelConfig
@@ -59,7 +59,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        out_TD = swiglu_linear(self.gate_proj(x_TD), self.up_proj(x_TD), self.down_proj.weight)
+        return out_TD if self.down_proj.bias is None else out_TD + self.down_proj.bias
 
 
 class Block(nn.Module):
