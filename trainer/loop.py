@@ -68,6 +68,8 @@ def train(run: Run, metrics: MetricsWriter | None) -> None:
     """Train to `run.total_steps`, then save and export. Rank 0 passes the writer of metrics, the others None."""
     config = run.config
     health = Health()
+    if metrics is not None:
+        remove_old_checkpoints(run)
     bar = tqdm(
         total=run.total_steps,
         initial=run.step,
@@ -216,9 +218,14 @@ def save_checkpoint(run: Run) -> None:
         except RunError as error:
             message = str(error)
         else:
-            checkpoint.remove_old(folder.parent, run.config.checkpoint.keep_last, step=run.step)
+            remove_old_checkpoints(run)
     if (failure := dist.first_failure(message)) is not None:
         raise TrainingStopped(failure)
+
+
+def remove_old_checkpoints(run: Run) -> None:
+    """On rank 0: after a save, and at the start for what a kill left between a save and this."""
+    checkpoint.remove_old(run.folder / "checkpoints", run.config.checkpoint.keep_last, step=run.step)
 
 
 def export_model(run: Run) -> None:
