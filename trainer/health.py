@@ -42,7 +42,7 @@ class Health:
             found.append((
                 "falling",
                 f"the chosen answers became less likely ({before:.2f} -> {per_token:.2f} nats a token): the margin "
-                "grows by pushing the rejected ones down further; add sft to loss.loss_type, use apo_zero or train less",
+                "grows by pushing the rejected down further; add sft to loss.loss_type, use apo_zero or train less",
             ))  # fmt: skip
         if accuracy is not None and accuracy > 0.99 and means["loss"] < 0.02:
             found.append((
@@ -56,7 +56,7 @@ class Health:
                 longer = "longer" if gap > 0 else "shorter"
                 found.append((
                     "length",
-                    f"chosen answers are {abs(gap):.0f} tokens {longer} than rejected on average, and a model may learn "
-                    "that alone; try loss.loss_type sigmoid_norm or loss.ld_alpha",
+                    f"chosen answers are {abs(gap):.0f} tokens {longer} than rejected on average: a model "
+                    "may learn that alone; try loss.loss_type sigmoid_norm or loss.ld_alpha",
                 ))  # fmt: skip
         return found
