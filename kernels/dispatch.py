@@ -24,8 +24,8 @@ logger = logging.getLogger("kernels")
 def resolve(impl: str = "auto") -> str:
     """The implementation to run, "reference" or "cpu", for `impl` as a caller or the config names it.
 
-    "auto" means what LOGRATIO_KERNELS says, else "cpu" (PyTorch operators in a good order: they run on any device). Says
-    its choice once through logging. Raises ValueError for an unknown name, and for "triton".
+    "auto" means what LOGRATIO_KERNELS says, else "cpu" (PyTorch operators in a good order: they run on any device).
+    Says its choice once through logging. Raises ValueError for an unknown name, and for "triton".
     """
     source = "asked for"
     if impl == "auto":
@@ -68,9 +68,9 @@ class MatmulChoice:
 def choose_matmul_precision(rows: int = 512, width: int = 576, columns: int = 1536, repeats: int = 7) -> MatmulChoice:
     """Choose "medium" if float32 products are faster with it and err at most twice as much as with "highest".
 
-    Measured at (rows, width) x (width, columns) against float64, in about 0.1 s. "medium" lets PyTorch leave its default
-    library: on some processors that is faster and as exact, on others it rounds to bfloat16. The setting that was found
-    is restored.
+    Measured at (rows, width) x (width, columns) against float64, in about 0.1 s. "medium" lets PyTorch leave its
+    default library: on some processors that is faster and as exact, on others it rounds to bfloat16. The setting that
+    was found is restored.
     """
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(rows, width, generator=generator)
@@ -90,6 +90,11 @@ def choose_matmul_precision(rows: int = 512, width: int = 576, columns: int = 15
         torch.set_float32_matmul_precision(found)
     # the first round pays for setting up the libraries
     highest, medium = (MatmulReading(errors[name], statistics.median(times[name][1:]) * 1e3) for name in times)
+    return choose_precision(highest, medium)
+
+
+def choose_precision(highest: MatmulReading, medium: MatmulReading) -> MatmulChoice:
+    """The rule that `choose_matmul_precision` applies to its readings."""
     better = medium.milliseconds < highest.milliseconds and medium.error <= 2 * highest.error
     return MatmulChoice("medium" if better else "highest", highest, medium)
 

@@ -18,8 +18,8 @@ Four ways to the gradient, counted in products of 2*N*D*V floating-point operati
 Not here: a batch axis, masks, sums over tokens. Derived for this project; the running rescale is that of Milakov and
 Gimelshein 2018 (online softmax).
 
-Letters: N scored tokens, D width, V vocabulary, B columns of a slab. Exponents are in powers of two ("bits"), because
-exp2 is faster than exp. "wide" is the dtype of sums: float32, or float64 for float64 inputs.
+Letters: N scored tokens, D width, V vocabulary, B columns of a slab. Sums, and every (N,) number of the forward, are
+float32 (float64 for float64 inputs).
 """
 
 import math
@@ -38,13 +38,13 @@ LOG2E = math.log2(math.e)
 # At N 600 to 2048, D 576, V 49152, 1024 to 4096 columns differ by less than the noise; fewer are slower in bfloat16.
 SLAB_COLUMNS = 1024
 
-# A slab whose exponentials add up to more than this raises the row's center. bfloat16: logit - center stays below about
-# 2, and with it the rounding of the logits that count. Otherwise: far from overflow, and hardly any row is done twice.
-RAISE_ABOVE = {torch.bfloat16: 8.0, torch.float32: 1e8, torch.float64: 1e8}
+# A slab whose exponentials add up to more than this raises the row's center. bfloat16: logit - center stays below
+# log 4 = 1.4, which keeps its rounding under 4e-3. Otherwise: far from overflow, and hardly any row is computed twice.
+RAISE_ABOVE = {torch.bfloat16: 4.0, torch.float32: 1e8, torch.float64: 1e8}
 
-# center - log normaliser is held above this: what lies lower has a probability of 1e-16 at most, and exp2 of its
+# center - log normaliser is held above this: what lies lower has a probability of 1e-16 at most, and exp of its
 # negative, by which the target's entry is multiplied, must not overflow.
-LOWEST_GAP_BITS = -80.0
+LOWEST_GAP = -55.0
 
 
 class _Slab(NamedTuple):
@@ -73,85 +73,112 @@ def _slab_of(flat: Tensor, rows: int, slab: _Slab, *, whole: bool) -> Tensor:
     return flat[start : start + rows * columns].view(rows, columns)
 
 
-def _rounded(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """`bits` rounded to what `dtype` can hold, in its own dtype: a center enters the product in the inputs' dtype."""
-    return bits.to(dtype).to(bits.dtype)
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` in their own dtype, rounded to what `dtype` holds: a center enters the product in the inputs' dtype."""
+    return values.to(dtype).to(values.dtype)
 
 
-def _exponentials(hidden: Tensor, part: Tensor, center_bits: Tensor, out: Tensor) -> Tensor:
-    """exp(hidden @ part.T - center) into `out`: (N, D), (B, D), (N,) -> (N, B)."""
-    shift = -center_bits[:, None].to(out.dtype)
+def _centered_logits(hidden: Tensor, part: Tensor, center: Tensor, out: Tensor) -> Tensor:
+    """hidden @ part.T - center into `out`: (N, D), (B, D), (N,) -> (N, B)."""
+    column = center[:, None].to(out.dtype)
     if out.dtype == torch.bfloat16:
-        torch.addmm(shift, hidden, part.T, alpha=LOG2E, out=out)
-    else:  # nothing to gain from subtracting early, and a product that adds to its output is slower
-        torch.add(shift, torch.mm(hidden, part.T, out=out), alpha=LOG2E, out=out)
-    return out.exp2_()
+        return torch.addmm(-column, hidden, part.T, out=out)
+    # in wider dtypes subtracting afterwards is as exact, and faster
+    return torch.mm(hidden, part.T, out=out).sub_(column)
+
+
+def _exp_(logits: Tensor) -> Tensor:
+    """exp, in place."""
+    if logits.dtype == torch.bfloat16:
+        return logits.exp_()
+    return logits.mul_(LOG2E).exp2_()  # half the time of exp_ on a CPU
 
 
 class _Sums:
     """What the forward carries from slab to slab, a row of `hidden` each.
 
-    center_bits (N,): see the module; representable in the inputs' dtype. others (N,): sum of exp(logit - center) over
-    all tokens but the target. weighted (N, D) or None: sum of exp(logit - center) * weight[v] over the same.
+    center (N,): see the module; representable in the inputs' dtype. others (N,): sum of exp(logit - center) over all
+    tokens but the target. weighted (N, D) or None: sum of exp(logit - center) * weight[v] over the same.
     """
 
-    def __init__(self, hidden: Tensor, target_bits: Tensor, *, with_weighted: bool) -> None:
+    def __init__(self, hidden: Tensor, target_logits: Tensor, *, stash: bool, with_weighted: bool) -> None:
         self.hidden = hidden
-        self.center_bits = _rounded(target_bits, hidden.dtype)
-        self.others = torch.zeros_like(target_bits)
-        self.weighted = hidden.new_zeros(hidden.shape, dtype=target_bits.dtype) if with_weighted else None
+        self.center = _rounded(target_logits, hidden.dtype)
+        self.others = torch.zeros_like(target_logits)
+        self.weighted = torch.zeros_like(hidden, dtype=target_logits.dtype) if with_weighted else None
+        self.exps_are_used = stash or with_weighted
+        self.scratch = torch.empty(0, dtype=target_logits.dtype, device=hidden.device)
 
     def add(self, part: Tensor, slab: _Slab, exps: Tensor) -> None:
-        """Fill `exps` (N, B) for the slab with weights `part` (B, D), and add it up."""
-        _exponentials(self.hidden, part, self.center_bits, exps)
-        sums = self._sum_without_targets(exps, slab)
+        """Add up the slab with weights `part` (B, D). `exps` (N, B) is room to work in, and holds them where used."""
+        _centered_logits(self.hidden, part, self.center, exps)
+        wide = _exp_(self._widened(exps))
+        sums = self._sum_without_targets(wide, slab)
         high = (sums > RAISE_ABOVE[exps.dtype]).nonzero().squeeze(1)
         if len(high):
-            self.raise_centers(high, sums[high], part)
+            self._raise_centers(high, sums[high], part)
             again = exps.new_empty(len(high), len(part))
-            exps[high] = _exponentials(self.hidden[high], part, self.center_bits[high], again)
-            sums = self._sum_without_targets(exps, slab)
+            _centered_logits(self.hidden[high], part, self.center[high], again)
+            wide[high] = _exp_(again.to(wide.dtype))
+            sums = self._sum_without_targets(wide, slab)
         self.others += sums
+        if self.exps_are_used and wide is not exps:
+            exps.copy_(wide)
         if self.weighted is not None:
             self.weighted += exps @ part
 
+    def _widened(self, logits: Tensor) -> Tensor:
+        """`logits` in the dtype of sums: itself, or a copy in a scratch matrix that is made once."""
+        if logits.dtype == self.scratch.dtype:
+            return logits
+        if len(self.scratch) < logits.numel():
+            self.scratch = self.scratch.new_empty(logits.numel())
+        return self.scratch[: logits.numel()].view(logits.shape).copy_(logits)
+
     def _sum_without_targets(self, exps: Tensor, slab: _Slab) -> Tensor:
         exps[slab.rows, slab.columns] = 0.0
-        return exps.sum(1, dtype=self.others.dtype)
+        return exps.sum(1)
 
-    def raise_centers(self, rows: Tensor, sums: Tensor, part: Tensor) -> None:
-        """Move the centers of `rows` (K,) up to the log of the slab's `sums` (K,); where that is inf, to its top logit."""
-        old = self.center_bits[rows]
-        new = old + sums.log2()
+    def _raise_centers(self, rows: Tensor, sums: Tensor, part: Tensor) -> None:
+        """Move the centers of `rows` (K,) up by the log of the slab's `sums` (K,); if that is inf, to its top logit."""
+        old = self.center[rows]
+        new = old + sums.log()
         if not torch.isfinite(sums).all():
             logits = self.hidden[rows].to(old.dtype) @ part.to(old.dtype).T
-            new = torch.where(torch.isfinite(sums), new, logits.amax(1) * LOG2E)
+            new = torch.where(torch.isfinite(sums), new, logits.amax(1))
         new = _rounded(new, self.hidden.dtype)
-        scale = torch.exp2(old - new)
+        scale = torch.exp(old - new)
         # a new tensor, because the stash remembers the old centers
-        self.center_bits = self.center_bits.index_copy(0, rows, new)
+        self.center = self.center.index_copy(0, rows, new)
         self.others[rows] *= scale
         if self.weighted is not None:
             self.weighted[rows] *= scale[:, None]
 
-    def logps(self, target_bits: Tensor) -> Tensor:
+    def logps(self, target_logits: Tensor) -> Tensor:
         """(N,): minus the softplus of the log-odds of all other tokens against the target."""
-        log_odds = self.others.log() + (self.center_bits - target_bits) / LOG2E
-        return -F.softplus(log_odds, threshold=40.0)  # the default of 20 is not exact enough for float64
+        log_odds = self.others.log() + (self.center - target_logits)
+        return -F.softplus(log_odds, threshold=40.0)  # the default, 20, is not exact enough for float64
+
+    def normaliser(self, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """log sum exp of a row's logits as the sum of two numbers (N,): its center, and the small rest.
+
+        As one number it would round away what differences between large logits need.
+        """
+        return self.center, (self.others + torch.exp(target_logits - self.center)).log()
 
 
-def _gap_bits(center_bits: Tensor, normaliser_bits: Tensor) -> Tensor:
-    """log2 of what turns `exps` into probabilities, (N,)."""
-    return (center_bits - normaliser_bits).clamp(min=LOWEST_GAP_BITS)
+def _gap(center: Tensor, normaliser: tuple[Tensor, Tensor]) -> Tensor:
+    """center - normaliser, (N,): exps * exp(gap) are probabilities."""
+    return (center - normaliser[0] - normaliser[1]).clamp(min=LOWEST_GAP)
 
 
-def _put_target_entries(exps: Tensor, slab: _Slab, logps: Tensor, gap_bits: Tensor) -> None:
-    """Write the targets' entries, so that exps * exp2(gap) is probability - onehot, minus the gradient by the logits.
+def _put_target_entries(exps: Tensor, slab: _Slab, logps: Tensor, gap: Tensor) -> None:
+    """Write the targets' entries, so that exps * exp(gap) is probability - onehot, minus the gradient by the logits.
 
     p - 1 comes from logp through expm1: as a difference of rounded numbers it would be lost for an almost sure token.
     """
     rows = slab.rows
-    exps[rows, slab.columns] = (torch.expm1(logps[rows]) * torch.exp2(-gap_bits[rows])).to(exps.dtype)
+    exps[rows, slab.columns] = (torch.expm1(logps[rows]) * torch.exp(-gap[rows])).to(exps.dtype)
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -163,28 +190,24 @@ class _LinearLogps(torch.autograd.Function):
         stash = stash and by_weight
         rows = len(hidden)
         target_weight = weight.index_select(0, targets)
-        target_bits = (hidden.to(compute_dtype(hidden.dtype)) * target_weight).sum(1) * LOG2E
-        sums = _Sums(hidden, target_bits, with_weighted=by_hidden and not by_weight)
+        target_logits = (hidden.to(compute_dtype(hidden.dtype)) * target_weight).sum(1)
+        sums = _Sums(hidden, target_logits, stash=stash, with_weighted=by_hidden and not by_weight)
         slabs = _cut_slabs(targets, len(weight))
         buffer = hidden.new_empty(rows * (len(weight) if stash else min(SLAB_COLUMNS, len(weight))))
-        centers = []
+        ctx.centers = []
         for slab in slabs:
             sums.add(weight[slab.start : slab.stop], slab, _slab_of(buffer, rows, slab, whole=stash))
-            centers.append(sums.center_bits)
-        logps = sums.logps(target_bits)
-        normaliser_bits = target_bits - logps * LOG2E
+            ctx.centers.append(sums.center)
+        logps, normaliser = sums.logps(target_logits), sums.normaliser(target_logits)
+        if stash:
+            for slab, center in zip(slabs, ctx.centers, strict=True):
+                _put_target_entries(_slab_of(buffer, rows, slab, whole=True), slab, logps, _gap(center, normaliser))
         if by_weight:
-            if stash:
-                for slab, center_bits in zip(slabs, centers, strict=True):
-                    exps = _slab_of(buffer, rows, slab, whole=True)
-                    _put_target_entries(exps, slab, logps, _gap_bits(center_bits, normaliser_bits))
-                ctx.centers = centers
-            kept = buffer if stash else None
-            ctx.save_for_backward(hidden, weight, targets, logps, normaliser_bits, kept)
+            ctx.save_for_backward(hidden, weight, targets, logps, *normaliser, buffer if stash else None)
         elif by_hidden:
-            probability_scale = torch.exp2(sums.center_bits - normaliser_bits)[:, None]
             ctx.hidden_dtype = hidden.dtype
-            ctx.save_for_backward(-torch.expm1(logps)[:, None] * target_weight - probability_scale * sums.weighted)
+            scale = torch.exp(_gap(sums.center, normaliser))
+            ctx.save_for_backward(-torch.expm1(logps)[:, None] * target_weight - scale[:, None] * sums.weighted)
         return logps
 
     @staticmethod
@@ -193,22 +216,22 @@ class _LinearLogps(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             (by_hidden,) = ctx.saved_tensors
             return (grad[:, None] * by_hidden).to(ctx.hidden_dtype), None, None, None, None
-        hidden, weight, targets, logps, normaliser_bits, kept = ctx.saved_tensors
+        hidden, weight, targets, logps, *normaliser, stash = ctx.saved_tensors
         rows = len(hidden)
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=logps.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight)
-        buffer = hidden.new_empty(rows * min(SLAB_COLUMNS, len(weight))) if kept is None else kept
-        center_bits = _rounded(normaliser_bits, hidden.dtype)
+        buffer = hidden.new_empty(rows * min(SLAB_COLUMNS, len(weight))) if stash is None else stash
+        center = _rounded(normaliser[0] + normaliser[1], hidden.dtype)
         for index, slab in enumerate(_cut_slabs(targets, len(weight))):
             part = weight[slab.start : slab.stop]
-            exps = _slab_of(buffer, rows, slab, whole=kept is not None)
-            if kept is None:
-                _exponentials(hidden, part, center_bits, exps)
-                _put_target_entries(exps, slab, logps, _gap_bits(center_bits, normaliser_bits))
+            exps = _slab_of(buffer, rows, slab, whole=stash is not None)
+            if stash is None:
+                _exp_(_centered_logits(hidden, part, center, exps))
+                _put_target_entries(exps, slab, logps, _gap(center, normaliser))
             else:
-                center_bits = ctx.centers[index]
-            if kept is not None or index == 0:  # the factor belongs on exps, but (N, D) is the smaller matrix
-                factor = -(grad * torch.exp2(_gap_bits(center_bits, normaliser_bits)))[:, None]
+                center = ctx.centers[index]
+            if stash is not None or index == 0:  # the factor belongs on exps, but (N, D) is the smaller matrix
+                factor = -(grad * torch.exp(_gap(center, normaliser)))[:, None]
                 scaled_hidden = (factor * hidden).to(weight.dtype)
             torch.mm(exps.T, scaled_hidden, out=grad_weight[slab.start : slab.stop])
             if grad_hidden is not None:

@@ -1,0 +1,128 @@
+"""`rms_norm`: values and gradients against float64, what it keeps, errors."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import reference
+from kernels.rms_norm import rms_norm
+
+ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8}
+EPS = 1e-5
+
+
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and the gradient by the output."""
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = (torch.randn(*shape, generator=generator).to(dtype) for _ in range(2))
+    return 3 * x, 0.5 + torch.rand(shape[-1], generator=generator).to(dtype), grad
+
+
+def run(x: Tensor, weight: Tensor, grad: Tensor, impl: str, *, frozen: bool = False) -> list[Tensor | None]:
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+    out = rms_norm(x, weight, EPS, impl=impl)
+    out.backward(grad)
+    return [out.detach(), x.grad, weight.grad]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    leading=st.lists(st.integers(1, 6), max_size=2),
+    width=st.integers(1, 70),
+    dtype=st.sampled_from(list(ROUNDING)),
+    seed=st.integers(0, 99),
+)
+def test_as_good_as_plain_pytorch(leading: list[int], width: int, dtype: torch.dtype, seed: int) -> None:
+    inputs = make_inputs((*leading, width), dtype, seed)
+    truth = run(*(tensor.double() for tensor in inputs), "reference")
+    plain, ours = run(*inputs, "reference"), run(*inputs, "cpu")
+    for name, exact, other, value in zip(("output", "by x", "by weight"), truth, plain, ours, strict=True):
+        error, baseline = (value - exact).abs().max(), (other - exact).abs().max()
+        # a width of 1 makes the gradient by x vanish by cancellation: measured against the incoming gradient then
+        scale = max(float(exact.abs().max()), float(inputs[2].abs().max()) / 3)
+        assert value.dtype == dtype
+        assert error <= 2 * baseline + ROUNDING[dtype] * scale, f"{name}: {error=} {baseline=} {inputs[0].shape}"
+
+
+def test_by_hand() -> None:
+    """mean(x^2) of (3, 4) is 12.5; with weight (1, 2) that gives 3 and 8 over the root of 12.5 + eps."""
+    out = rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]), 0.5)
+    torch.testing.assert_close(out, torch.tensor([3.0, 8.0]) / math.sqrt(13.0))
+
+
+def test_bfloat16_is_rounded_before_the_product_with_weight() -> None:
+    """Bit for bit what checkpoints were trained with: two roundings, not one."""
+    x, weight, _ = make_inputs((64, 96), torch.bfloat16)
+    exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS)
+    twice = (exact.bfloat16().double() * weight.double()).bfloat16()
+    once = (exact * weight.double()).bfloat16()
+    ours = rms_norm(x, weight, EPS)
+    assert (ours == twice).float().mean() > 0.999  # float32 statistics may flip a tie
+    assert (ours == once).float().mean() < 0.9
+
+
+def test_gradients_by_finite_differences() -> None:
+    x, weight, _ = make_inputs((2, 3, 5), torch.float64)
+    assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, EPS), (x.requires_grad_(), weight.requires_grad_()))
+
+
+def test_rows_of_zeros_and_no_rows() -> None:
+    out, by_x, _ = run(torch.zeros(2, 4), torch.ones(4), torch.ones(2, 4), "cpu")
+    assert not out.any()
+    torch.testing.assert_close(by_x, torch.full((2, 4), EPS**-0.5))
+    out, by_x, by_weight = run(torch.zeros(0, 4), torch.ones(4), torch.ones(0, 4), "cpu")
+    assert out.shape == by_x.shape == (0, 4) and not by_weight.any()
+
+
+def test_a_frozen_weight_changes_nothing_for_x() -> None:
+    inputs = make_inputs((7, 12), torch.float32)
+    out, by_x, by_weight = run(*inputs, "cpu", frozen=True)
+    assert by_weight is None
+    assert torch.equal(by_x, run(*inputs, "cpu")[1])
+
+
+def test_the_input_is_left_alone() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, grad = make_inputs((5, 8), dtype)
+        copies = x.clone(), weight.clone(), grad.clone()
+        leaf = x.requires_grad_()
+        rms_norm(leaf, weight, EPS).backward(grad)
+        for tensor, copy in zip((x, weight, grad), copies, strict=True):
+            assert torch.equal(tensor, copy)
+
+
+def test_keeps_x_and_one_number_a_row() -> None:
+    x, weight, _ = make_inputs((10, 64), torch.bfloat16)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    def saved_bytes(function) -> int:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = function(x.requires_grad_(), weight.requires_grad_(), EPS)
+        assert out.requires_grad
+        return sum(kept.values())
+
+    assert saved_bytes(rms_norm) == 10 * 64 * 2 + 64 * 2 + 10 * 4
+    assert saved_bytes(reference.rms_norm) > 2.5 * saved_bytes(rms_norm)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "problem"),
+    [
+        (torch.ones(3, 4), torch.ones(5), r"got \(3, 4\) and \(5,\)"),
+        (torch.ones(3, 4), torch.ones(1, 4), r"weight \(D,\)"),
+        (torch.tensor(1.0), torch.ones(1), r"got \(\) and \(1,\)"),
+        (torch.ones(3, 4).bfloat16(), torch.ones(4), "x is torch.bfloat16 and weight torch.float32"),
+    ],
+)
+def test_errors_say_what_does_not_fit(x: Tensor, weight: Tensor, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        rms_norm(x, weight, EPS)
