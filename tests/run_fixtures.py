@@ -7,7 +7,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -82,11 +82,7 @@ def start_child(argv: list[str], output: Path, **watch: Any) -> BaseProcess:
     limit_at: (operation, bytes): from there on, no file may grow past so many bytes, as on a full disk.
     environment: variables of that process alone.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.train", "torch._dynamo"])  # the latter comes with the first optimizer
-    process = context.Process(target=_child, args=(argv, output), kwargs=watch, daemon=True)
-    process.start()
-    return process
+    return _fork(_child, argv, output, **watch)
 
 
 def run_child(argv: list[str], output: Path, **watch: Any) -> int:
@@ -95,6 +91,21 @@ def run_child(argv: list[str], output: Path, **watch: Any) -> int:
     process.join(timeout=60)
     assert process.exitcode is not None, f"still running: {output.read_text()}"
     return process.exitcode
+
+
+def call_in_child(function: Callable[..., None], *args: Any) -> None:
+    """Call a test module's function in a process of its own, for what a process has only once; it must not fail."""
+    process = _fork(function, *args)
+    process.join(timeout=60)
+    assert process.exitcode == 0
+
+
+def _fork(function: Callable[..., None], *args: Any, **kwargs: Any) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.train", "torch._dynamo"])  # the latter comes with the first optimizer
+    process = context.Process(target=function, args=args, kwargs=kwargs, daemon=True)
+    process.start()
+    return process
 
 
 def run_ranks(argv: list[str], folder: Path, world_size: int = 2) -> list[int]:

@@ -116,9 +116,9 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**raw)
     except TypeError as error:
         raise CheckpointError(path, f"is not a checkpoint manifest ({error}); resume from another step") from None
-    for name, kind in (("step", int), ("config", str), ("choices", dict)):
+    for name, kind, text in (("step", int, "a whole number"), ("config", str, "text"), ("choices", dict, "an object")):
         if not isinstance(getattr(manifest, name), kind):
-            raise CheckpointError(path, f"{name!r} is not a {kind.__name__}; resume from another step")
+            raise CheckpointError(path, f"{name!r} must be {text}; resume from another step")
     for name, size in sizes.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
