@@ -1,6 +1,6 @@
 """`linear_logps`: values and gradients against float64, every way to the gradient, memory, repeatability, errors.
 
-The measure: no worse than twice the error of plain PyTorch in the same dtype, plus one rounding.
+The measure: no worse than twice the error of plain PyTorch in the same dtype, plus a few roundings.
 """
 
 import math
@@ -18,7 +18,7 @@ from kernels import reference
 from kernels.linear_logps import linear_logps
 
 DTYPES = [torch.float32, torch.bfloat16]
-ROUNDING = {torch.float64: 1e-12, torch.float32: 2**-22, torch.bfloat16: 2**-8}
+ROUNDING = {torch.float64: 2**-48, torch.float32: 2**-24, torch.bfloat16: 2**-8}
 WAYS = ["recompute", "stash", "frozen head", "frozen hidden"]
 
 
@@ -54,20 +54,34 @@ def run(
     return [logps.detach(), hidden.grad, weight.grad]
 
 
+def slack(hidden: Tensor, weight: Tensor, logps: Tensor, grad: Tensor) -> list[float]:
+    """What rounding may do to [logps, gradient by hidden, by weight] even where plain PyTorch is lucky.
+
+    A logit is rounded in proportion to its size, and a probability by as much, except in bfloat16, where only logits
+    near the row's center count. A gradient adds a few roundings of the largest numbers that are summed.
+    """
+    unit = ROUNDING[hidden.dtype]
+    biggest_logit = float((hidden.double() @ weight.double().T).abs().max())
+    if hidden.dtype == torch.bfloat16:
+        of_logps, of_gradients = 1.5 * unit, 4 * unit
+    else:
+        of_logps, of_gradients = 4 * unit * (biggest_logit + float(logps.abs().max())), 4 * unit * (1 + biggest_logit)
+    return [of_logps, *(of_gradients * float(grad.abs().max() * factor.abs().max()) for factor in (weight, hidden))]
+
+
 def assert_as_good_as_plain(hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, way: str) -> None:
     truth = run(hidden.double(), weight.double(), targets, grad, way, impl="reference")
     plain = run(hidden, weight, targets, grad, way, impl="reference")
     ours = run(hidden, weight, targets, grad, way)
-    # the largest numbers that are added up: what is left of them may be small
-    biggest_logit = (hidden.double() @ weight.double().T).abs().max()
-    scales = {"logps": biggest_logit, "by hidden": weight.abs().max(), "by weight": hidden.abs().max()}
-    for (name, scale), exact, other, value in zip(scales.items(), truth, plain, ours, strict=True):
+    allowed = slack(hidden, weight, truth[0], grad)
+    names = ("logps", "by hidden", "by weight")
+    for name, exact, other, value, extra in zip(names, truth, plain, ours, allowed, strict=True):
         if exact is None:
             assert value is None, f"{way}: {name} was not asked for"
             continue
-        error, baseline = (value - exact).abs().max(), (other - exact).abs().max()
-        limit = 2 * baseline + ROUNDING[hidden.dtype] * scale * (1 if name == "logps" else grad.abs().max())
-        assert error <= limit, f"{way} {name}: {error=} {baseline=} {tuple(hidden.shape)} {tuple(weight.shape)}"
+        error, baseline = float((value - exact).abs().max()), float((other - exact).abs().max())
+        shapes = f"{tuple(hidden.shape)} {tuple(weight.shape)}"
+        assert error <= 2 * baseline + extra, f"{way} {name}: {error=} {baseline=} {extra=} {shapes}"
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -143,7 +157,7 @@ def test_logits_of_ten_thousand(sign: float, dtype: torch.dtype, way: str) -> No
     if by_weight is not None:
         assert torch.isfinite(by_weight).all()
         picked = -2 * 9984.0 if sign > 0 else -9984.0  # column 100: the sum over rows of (onehot - p) * hidden
-        torch.testing.assert_close(float(by_weight[100]), picked, rtol=2 * ROUNDING[dtype], atol=0)
+        torch.testing.assert_close(float(by_weight[100]), picked, rtol=3 * ROUNDING[dtype], atol=0)
 
 
 @pytest.mark.parametrize("way", ["recompute", "stash", "frozen head"])
