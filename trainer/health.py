@@ -10,6 +10,8 @@ WINDOW = 20
 class Health:
     """Watches the rows of metrics; holds the first steps' means and the last steps' values."""
 
+    beta: float | None = None
+    """loss.beta where rewards compare with a reference (dpo); None: the first steps are the comparison."""
     _recent: list[dict[str, float]] = field(default_factory=list)
     _first: dict[str, float] | None = None
     _named: set[str] = field(default_factory=set)
@@ -35,14 +37,14 @@ class Health:
 
     def _conditions(self, means: dict[str, float]) -> list[tuple[str, str]]:
         found = []
-        chosen, accuracy = means.get("rewards/chosen"), means.get("rewards/accuracies")
-        per_token = means.get("logps/chosen", 0.0) / max(1.0, means.get("lengths/chosen", 1.0))
-        before = self._first.get("logps/chosen", 0.0) / max(1.0, self._first.get("lengths/chosen", 1.0))
-        if chosen is not None and per_token < before - 0.1:
+        accuracy, fall = means.get("rewards/accuracies"), self._fall(means)
+        if accuracy is not None and fall > 0.1:
+            since = "the first steps" if self.beta is None else "the reference"
+            remedy = "" if self.beta is None else "add sft to loss.loss_type, use apo_zero, "
             found.append((
                 "falling",
-                f"the chosen answers became less likely ({before:.2f} -> {per_token:.2f} nats a token): the margin "
-                "grows by pushing the rejected down further; add sft to loss.loss_type, use apo_zero or train less",
+                f"the chosen answers are {fall:.2f} nats a token less likely than with {since}: the margin grows by "
+                f"pushing the rejected ones down further; {remedy}lower train.learning_rate or train less",
             ))  # fmt: skip
         if accuracy is not None and accuracy > 0.99 and means["loss"] < 0.02:
             found.append((
@@ -54,9 +56,18 @@ class Health:
             gap = means["lengths/chosen"] - means["lengths/rejected"]
             if abs(gap) > 0.5 * max(1.0, min(means["lengths/chosen"], means["lengths/rejected"])):
                 longer = "longer" if gap > 0 else "shorter"
+                remedy = "" if self.beta is None else "; try loss.loss_type sigmoid_norm or loss.ld_alpha"
                 found.append((
                     "length",
                     f"chosen answers are {abs(gap):.0f} tokens {longer} than rejected on average: a model "
-                    "may learn that alone; try loss.loss_type sigmoid_norm or loss.ld_alpha",
+                    f"may learn that alone{remedy}",
                 ))  # fmt: skip
         return found
+
+    def _fall(self, means: dict[str, float]) -> float:
+        """By how many nats a token the chosen answers have become less likely, about."""
+        tokens = max(1.0, means.get("lengths/chosen", 1.0))
+        if self.beta is not None:
+            return -means["rewards/chosen"] / self.beta / tokens
+        before = self._first.get("logps/chosen", 0.0) / max(1.0, self._first.get("lengths/chosen", 1.0))
+        return before - means.get("logps/chosen", 0.0) / tokens

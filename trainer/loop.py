@@ -67,7 +67,7 @@ class Run:
 def train(run: Run, metrics: MetricsWriter | None) -> None:
     """Train to `run.total_steps`, then save and export. Rank 0 passes the writer of metrics, the others None."""
     config = run.config
-    health = Health()
+    health = Health(beta=config.loss.beta if run.objective.needs_reference else None)
     if metrics is not None:
         remove_old_checkpoints(run)
     bar = tqdm(
