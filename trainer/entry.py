@@ -1,5 +1,10 @@
-"""How every command ends: one clear line and the exit code, a traceback only for our own bugs."""
+"""How every command ends: one clear line and the exit code, a traceback only for our own bugs.
 
+Importing this module ends the program when another package named `kernels` was found: what a command imports next would
+fail somewhere inside that one.
+"""
+
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -13,13 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_command(command: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run `command(argv)` and exit: 0 done, 2 what the user can mend, 1 anything else."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 must not end a run over a letter
     sys.exit(exit_code(command, argv))
 
 
 def exit_code(command: Callable[[list[str]], None], argv: list[str]) -> int:
     """Like `run_command`, but returns the code."""
     try:
-        check_own_kernels()
         command(argv)
         sys.stdout.flush()
     except UserError as error:
@@ -45,3 +51,7 @@ def check_own_kernels() -> None:
             f"{found}: this is another package named kernels, Logratio's is {ROOT / 'kernels'}; "
             "start from the checkout or remove the other one (pip uninstall kernels)"
         )
+
+
+if _code := exit_code(lambda argv: check_own_kernels(), []):
+    sys.exit(_code)
