@@ -27,17 +27,15 @@ class DataError(UserError):
 
 
 class DataErrors(UserError):
-    """Several `DataError`s of one reading, a line each, and a last line that counts them.
+    """The `DataError`s of one reading, a line each, and a last line that counts them; a single one needs no count.
 
     `more` says that reading stopped early: the rest of the data was not looked at.
     """
 
     def __init__(self, errors: list[DataError], more: bool) -> None:
         self.errors, self.more = errors, more
-        count = f"{len(errors)} error{'' if len(errors) == 1 else 's'}"
-        if more:
-            count += ", the rest was not checked"
-        super().__init__("\n".join([*map(str, errors), count]))
+        count = [f"{len(errors)} errors" + (", the rest was not checked" if more else "")] if len(errors) > 1 else []
+        super().__init__("\n".join([*map(str, errors), *count]))
 
 
 class TemplateError(UserError):

@@ -109,7 +109,7 @@ def test_one_array_is_one_error_not_one_a_line(tmp_path: Path) -> None:
     path = write(tmp_path, b"[\n" + b'{"prompt": "q"},\n' * 10 + b"]\n")
     with pytest.raises(DataErrors) as caught:
         read_records([path], kind="pair")
-    assert str(caught.value).splitlines()[-1] == "1 error"
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_an_id_stands_once_over_all_files(tmp_path: Path) -> None:
