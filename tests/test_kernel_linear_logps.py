@@ -170,6 +170,21 @@ def test_a_row_whose_target_lies_far_below_a_later_slab(way: str) -> None:
     assert_as_good_as_plain(hidden.bfloat16(), weight.bfloat16(), targets, torch.ones(1), way)
 
 
+@pytest.mark.parametrize("way", ["recompute", "stash", "frozen head"])
+def test_float32_gradients_do_not_lose_digits_to_large_logits(way: str) -> None:
+    """Logits of exactly 1024 and 1023.5: as one number their normaliser is off by 5e-5, and so would p be."""
+    weight = torch.zeros(200, 2)
+    weight[3], weight[190] = torch.tensor([1.0, 1.0]), torch.tensor([1.0 - 2**-11, -1.0])
+    inputs = torch.tensor([[1024.0, 0.0]]), weight, torch.tensor([3]), torch.ones(1)
+    truth = run(
+        *(tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs), way, impl="reference"
+    )
+    for exact, value in zip(truth, run(*inputs, way), strict=True):
+        assert (exact is None) == (value is None)
+        if exact is not None:
+            torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=1e-6)
+
+
 def test_bfloat16_is_within_5e_3_of_the_truth_where_full_logits_are_not() -> None:
     """Logits as large as a trained model's (up to 50): the reason for subtracting inside the product."""
     hidden, weight, targets, _ = make_inputs(200, 5000, 64, torch.bfloat16, spread=10.0)
