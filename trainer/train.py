@@ -67,15 +67,18 @@ def _train(config: Config, shard: Shard, held_out: Sequence[Group], folder: Path
 
 
 def _open_metrics(run: Run, folder: Path) -> MetricsWriter:
-    """Save the resolved config, cut the rows past the run's step. Raises RunError when the disk refuses."""
+    """Cut the rows past the run's step, save the resolved config. Raises RunError, before a change where it can."""
     masters = sum(tensor.numel() * tensor.element_size() for tensor in run.masters.masters)
     require_free_space(folder, 4 * masters)  # one checkpoint (weights and two moments) and the export
-    try:
-        (folder / "config.toml").write_text(to_toml(run.config), encoding="utf-8")
-    except OSError as error:
-        raise RunError(folder / "config.toml", f"cannot be written ({error.strerror}); move it away") from None
+    config = folder / "config.toml"
+    if config.is_dir():
+        raise RunError(config, "is a folder where the run writes a file; move it away")
     metrics = MetricsWriter(folder, tensorboard=run.config.run.tensorboard)
     metrics.cut_after(run.step)
+    try:
+        config.write_text(to_toml(run.config), encoding="utf-8")
+    except OSError as error:
+        raise RunError(config, f"cannot be written ({error.strerror}); free space and start again") from None
     return metrics
 
 
