@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainer.batch import GroupLayout, build_stream
 from trainer.models import attention
-from trainer.models.attention import Block, allowed_mask, row_blocks, stream_attention
+from trainer.models.attention import Block, allowed_mask, batch_blocks, row_blocks, stream_attention
 
 LENGTHS = [(5, 3, 4), (1, 1, 2, 6), (0, 4, 2), (7,), (2, 9)]
 PATHS = pytest.mark.parametrize(
@@ -48,13 +48,8 @@ def definition(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, layout: tuple[GroupL
 
 def visible(block: Block) -> list[tuple[int, int]]:
     """(row, key) stream positions that a block lets through."""
-    keys = [*range(block.prompt.start, block.prompt.stop), *range(block.own.start, block.own.stop)]
-    masked = len(keys) - block.mask.shape[1]
-    pairs = []
-    for row, hidden in zip(range(block.rows.start, block.rows.stop), block.mask, strict=True):
-        shown = keys[:masked] + [key for key, value in zip(keys[masked:], hidden.tolist(), strict=True) if value == 0]
-        pairs += [(row, key) for key in shown]
-    return pairs
+    rows, keys = block.rows.tolist(), block.keys.tolist()
+    return [(rows[row], keys[key]) for row, key in block.allowed.nonzero().tolist()]
 
 
 def test_mask_by_hand() -> None:
@@ -84,7 +79,7 @@ def test_long_groups_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "WHOLE_GROUP", 8)
     monkeypatch.setattr(attention, "ROWS", 3)
     blocks = row_blocks(layout_of([(2, 3, 3), (4, 1, 7)]))
-    assert [(block.rows.start, block.rows.stop) for block in blocks] == [
+    assert [(int(block.rows[0]), int(block.rows[-1]) + 1) for block in blocks] == [
         (0, 8),
         (8, 11),
         (11, 12),
@@ -93,8 +88,26 @@ def test_long_groups_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         (16, 19),
         (19, 20),
     ]
-    # the third block of the last branch: prompt, then the branch so far; only its own square is masked
-    assert (blocks[-1].prompt, blocks[-1].own, blocks[-1].mask.shape) == (slice(8, 12), slice(13, 20), (1, 1))
+    # the third block of the last branch: prompt, then the branch so far
+    assert blocks[-1].keys.tolist() == [*range(8, 12), *range(13, 20)]
+
+
+def test_batches_hold_every_block_once_and_have_few_shapes() -> None:
+    layout = layout_of([(20, 30, 40)] * 5 + [(90, 60, 60)] * 3)
+    batches = batch_blocks(layout, 1100)  # five whole groups, and three of three branches; tokens end before 1100
+    found = sorted(place for batch in batches for place in batch.row_places.tolist() if place < 1100)
+    assert found == list(range(layout[-1].stop))
+    assert sorted(tuple(batch.mask.shape) for batch in batches) == [(2, 1, 64, 160), (4, 1, 64, 160), (8, 1, 96, 96)]
+
+
+def test_tokens_behind_the_groups_get_zeros_and_give_nothing() -> None:
+    layout = layout_of([(3, 2, 2)])
+    inputs = [x.requires_grad_() for x in random_heads(10)]
+    out = stream_attention(*inputs, batch_blocks(layout, 10))
+    assert (out[7:] == 0).all()
+    for grad in torch.autograd.grad(out.sum(), inputs):
+        assert (grad[7:] == 0).all()
+        assert (grad[:7] != 0).any()
 
 
 @PATHS
@@ -103,7 +116,7 @@ def test_long_groups_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_values_and_gradients(kv_heads: int) -> None:
     layout = layout_of(LENGTHS)
     inputs = [x.requires_grad_() for x in random_heads(layout[-1].stop, kv_heads=kv_heads)]
-    out, expected = stream_attention(*inputs, row_blocks(layout)), definition(*inputs, layout)
+    out, expected = stream_attention(*inputs, batch_blocks(layout, layout[-1].stop)), definition(*inputs, layout)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     found = torch.autograd.grad(out, inputs, cotangent)
@@ -114,7 +127,7 @@ def test_values_and_gradients(kv_heads: int) -> None:
 @PATHS
 @pytest.mark.usefixtures("cut")
 def test_backward_is_the_derivative() -> None:
-    blocks = row_blocks(layout_of([(2, 2, 3)]))
+    blocks = batch_blocks(layout_of([(2, 2, 3)]), 7)
     inputs = [x.requires_grad_() for x in random_heads(7, heads=4, width=4)]
     assert torch.autograd.gradcheck(lambda q, k, v: stream_attention(q, k, v, blocks), inputs)
 
@@ -123,7 +136,7 @@ def test_backward_is_the_derivative() -> None:
 @pytest.mark.usefixtures("cut")
 def test_what_may_not_be_seen_has_no_influence() -> None:
     """Rejected rows are bit for bit the same whatever keys and values chosen has, and send it no gradient."""
-    blocks = row_blocks(layout_of([(4, 5, 6)]))
+    blocks = batch_blocks(layout_of([(4, 5, 6)]), 15)
     q, k, v = random_heads(15)
     before = stream_attention(q, k, v, blocks)
     k[4:9] *= -3
@@ -159,7 +172,11 @@ def test_bfloat16_is_no_worse_than_plain() -> None:
     results = []
     for kind, dtype in (("ours", torch.bfloat16), ("plain", torch.bfloat16), ("plain", torch.float64)):
         inputs = [x.to(dtype).requires_grad_() for x in rounded]
-        out = stream_attention(*inputs, row_blocks(layout)) if kind == "ours" else plain_attention(*inputs, layout)
+        out = (
+            stream_attention(*inputs, batch_blocks(layout, layout[-1].stop))
+            if kind == "ours"
+            else plain_attention(*inputs, layout)
+        )
         assert out.dtype == dtype
         results.append([out, *torch.autograd.grad(out, inputs, cotangent.to(dtype))])
     for name, ours, plain, truth in zip(("out", "q", "k", "v"), *results, strict=True):

@@ -17,8 +17,12 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
 from kernels.swiglu_linear import swiglu_linear
 from trainer.batch import Stream
-from trainer.models.attention import row_blocks, stream_attention
+from trainer.models.attention import batch_blocks, stream_attention
 from trainer.models.config import ModelConfig
+
+SHAPE_STEP = 32
+"""Tokens and scored tokens are padded to a multiple of this, so that products have few different shapes: the CPU
+library builds a program for each shape, which takes milliseconds and about 1 MB. No token sees a padded one."""
 
 
 class RMSNorm(nn.Module):
@@ -47,7 +51,7 @@ class SelfAttention(nn.Module):
         v_TKh = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         q_THh = apply_rope(q_THh, shared.scaled_cos, shared.scaled_sin)
         k_TKh = apply_rope(k_TKh, shared.cos, shared.sin)
-        out_THh = stream_attention(q_THh, k_TKh, v_TKh, shared.blocks)
+        out_THh = stream_attention(q_THh, k_TKh, v_TKh, shared.batches)
         return self.o_proj(out_THh.flatten(-2))
 
 
@@ -83,11 +87,12 @@ class SharedByLayers:
     """
 
     def __init__(self, stream: Stream, config: ModelConfig) -> None:
-        angles = torch.outer(stream.positions.float(), rope_frequencies(config).to(stream.positions.device))
+        positions = _padded(stream.positions)
+        angles = torch.outer(positions.float(), rope_frequencies(config).to(positions.device))
         self.cos, self.sin = angles.cos(), angles.sin()
         scale = config.head_dim**-0.5
         self.scaled_cos, self.scaled_sin = self.cos * scale, self.sin * scale
-        self.blocks = row_blocks(stream.layout)
+        self.batches = batch_blocks(stream.layout, len(positions))
 
 
 class Decoder(nn.Module):
@@ -115,18 +120,20 @@ class Decoder(nn.Module):
         """logps: (N,) float32 nats of the scored tokens. hidden: (T, D) after the final norm. logits: (T, V), for tests
         and inspection only: training never builds them.
         """
+        num_tokens, num_scored = len(stream.tokens), len(stream.score_targets)
         shared = SharedByLayers(stream, self.config)
-        x_TD = self.embed_tokens(stream.tokens)
+        x_TD = self.embed_tokens(_padded(stream.tokens))
         for layer in self.layers:
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x_TD = checkpoint(layer, x_TD, shared, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TD = layer(x_TD, shared)
         if output == "logps":
-            hidden_ND = self.norm(x_TD.index_select(0, stream.score_index))
-            targets = stream.score_targets
-            return linear_logps(hidden_ND, self.head_weight, targets, stash=self.stash_logits, impl=self.kernel_impl)
-        hidden_TD = self.norm(x_TD)
+            hidden_ND = self.norm(x_TD.index_select(0, _padded(stream.score_index)))
+            targets = _padded(stream.score_targets)
+            logps = linear_logps(hidden_ND, self.head_weight, targets, stash=self.stash_logits, impl=self.kernel_impl)
+            return logps[:num_scored]
+        hidden_TD = self.norm(x_TD)[:num_tokens]
         return hidden_TD if output == "hidden" else F.linear(hidden_TD, self.head_weight)
 
 
@@ -143,3 +150,8 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)
     return blend * frequencies + (1 - blend) * frequencies / scaling.factor
+
+
+def _padded(values: Tensor) -> Tensor:
+    """(n,) int64 with zeros behind it up to a multiple of SHAPE_STEP."""
+    return F.pad(values, (0, -len(values) % SHAPE_STEP))

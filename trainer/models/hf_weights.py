@@ -125,6 +125,7 @@ def write_safetensors(
         for _, tensor in entries:
             data = tensor.detach().to(device="cpu", dtype=_stored_as(tensor, dtype)).contiguous()
             file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+            del data  # before the next one is made
 
 
 def _stored_as(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
