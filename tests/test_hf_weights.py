@@ -264,25 +264,28 @@ def test_write_then_load(tmp_path: Path) -> None:
 
 
 WRITE_AND_MEASURE = """
-import resource, sys, torch
+import sys, torch
+from trainer.metrics import peak_memory_mib
 from trainer.models.hf_weights import write_safetensors
-tensors = [(f"t{i}", torch.ones(2**22)) for i in range(8)]
+tensors = [(f"t{i}", torch.ones(2**24)) for i in range(4)]
 write_safetensors(sys.argv[1], [("warm", torch.ones(8))], dtype=torch.bfloat16)
 for dtype in (torch.float32, torch.bfloat16):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_mib()
     write_safetensors(sys.argv[1], tensors, dtype=dtype)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(peak_memory_mib() - before)
 """
 
 
 def test_no_second_copy_in_memory(tmp_path: Path) -> None:
-    """Eight float32 tensors of 16 MiB in a process of its own: the peak grows by one converted tensor, two at most."""
+    """Four float32 tensors of 64 MiB in a process of its own; converted ones have 32, of which one is held at a time.
+
+    (Smaller ones would show what malloc keeps for later rather than what is held.)
+    """
     path = tmp_path / "x.safetensors"
     command = [sys.executable, "-c", WRITE_AND_MEASURE, str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    units_a_mib = 2**20 if sys.platform == "darwin" else 2**10
-    as_they_are, converted = (int(line) / units_a_mib for line in done.stdout.split())
-    assert path.stat().st_size > 8 * 2**22 * torch.bfloat16.itemsize
+    as_they_are, converted = (float(line) for line in done.stdout.split())
+    assert path.stat().st_size > 4 * 2**24 * torch.bfloat16.itemsize
     assert as_they_are <= 2
-    assert converted <= 2 * 8 + 2
+    assert converted <= 1.5 * 32
     path.unlink()
