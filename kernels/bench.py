@@ -24,7 +24,7 @@ from kernels import reference
 from kernels.linear_logps import linear_logps
 from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
-from kernels.swiglu import swiglu
+from kernels.swiglu_linear import swiglu_linear
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ LINEAR_LOGPS = {
 }
 SMALL = {
     "rms_norm": (reference.rms_norm, rms_norm),
-    "swiglu": (reference.swiglu, swiglu),
+    "swiglu_linear": (reference.swiglu_linear, swiglu_linear),
     "rope": (reference.apply_rope, apply_rope),
 }
 HEAD = f"{'variant':24}{'max error':>11}{'grad error':>12}{'ms':>10}{'GFLOP/s':>10}{'share':>8}{'MiB':>8}"
@@ -137,7 +137,7 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def trained(op: str) -> tuple[int, ...]:
-    return {"rope": (0,)}.get(op, (0, 1))
+    return {"rope": (0,), "swiglu_linear": (0, 1, 2)}.get(op, (0, 1))
 
 
 def linear_logps_inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> list[Any]:
@@ -152,8 +152,10 @@ def linear_logps_inputs(rows: int, width: int, vocabulary: int, dtype: torch.dty
 def small_inputs(op: str, tokens: int, width: int, dtype: torch.dtype) -> list[Any]:
     if op == "rms_norm":
         return [torch.randn(tokens, width).to(dtype), torch.rand(width).to(dtype), 1e-5]
-    if op == "swiglu":
-        return [torch.randn(tokens, width).to(dtype) for _ in range(2)]
+    if op == "swiglu_linear":
+        inner = width * 8 // 3
+        weight = torch.randn(width, inner) / math.sqrt(inner)
+        return [torch.randn(tokens, inner).to(dtype), torch.randn(tokens, inner).to(dtype), weight.to(dtype)]
     head = 64 if width % 64 == 0 else width
     angles = torch.rand(tokens, head // 2) * 6
     return [torch.randn(tokens, width // head, head).to(dtype), angles.cos(), angles.sin()]

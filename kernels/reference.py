@@ -30,9 +30,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise and in the inputs' dtype (Shazeer 2020)."""
-    return torch.nn.functional.silu(gate) * up
+def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """(silu(gate) * up) @ weight.T: (T, F), (T, F), (D, F) -> (T, D) (Shazeer 2020, eq. 6, without bias)."""
+    return (torch.nn.functional.silu(gate) * up) @ weight.T
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
