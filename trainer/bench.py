@@ -116,7 +116,7 @@ def step_bench(args: argparse.Namespace) -> dict[str, object]:
         raise UserError(f"--steps {args.steps}: must be 2 or more, since the first step is not counted")
     with tempfile.TemporaryDirectory() as folder:
         config = bench_config(args, folder)
-        numerics.keep_freed_memory()
+        numerics.prepare_process()
         shard, _ = open_data(config)
         if len(shard) < args.pairs * args.steps:
             raise UserError(f"{args.data}: {len(shard)} usable rows, {args.pairs} pairs x {args.steps} steps need more")
@@ -172,7 +172,7 @@ def main(argv: list[str]) -> None:
     step.add_argument("--pairs", type=int, default=4, help="pairs a step")
     step.add_argument("--steps", type=int, default=6, help="steps, the first of which is not counted")
     step.add_argument("--max-length", type=int, default=512, help="longer completions are cut")
-    step.add_argument("--tokens-per-microbatch", type=int, default=1536)
+    step.add_argument("--tokens-per-microbatch", type=int, default=1280)
     step.add_argument("--activation-checkpointing", default="none", choices=["none", "full"])
     step.add_argument("--stash", action="store_true", help="keep the head's logits between forward and backward")
     step.add_argument("--matmul", default="auto", choices=["auto", "highest", "medium"])

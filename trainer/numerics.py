@@ -1,6 +1,7 @@
 """Process-wide numeric settings: threads, determinism, float32 matmul mode, dtypes, and how freed memory is kept."""
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -13,21 +14,27 @@ STEP0_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _KEPT_BYTES = 1 << 30
 
+KEPT_PROGRAMS = 256
+"""More than one step needs, so that no layer builds again what the one before it had."""
 
-def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed buffers under 1 GiB instead of returning them to the kernel; True where it is glibc.
 
-    A training step frees and takes the same large buffers over and over; with glibc's defaults each one is mapped and
-    zeroed by the kernel anew, which costs page faults on every step.
+def prepare_process() -> None:
+    """Settings of the C libraries, to be made before the first product: how memory and programs are kept.
+
+    glibc keeps freed buffers under 1 GiB instead of returning them to the kernel: a training step frees and takes the
+    same large buffers over and over, and with the defaults each one is mapped and zeroed anew. oneDNN and the layer
+    above it keep a program of about 1 MB for each shape of a product, 1024 of them by default; here `KEPT_PROGRAMS`.
     """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, str(KEPT_PROGRAMS))
     if not sys.platform.startswith("linux"):
-        return False
+        return
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:  # musl and others
-        return False
-    # the mmap threshold first: glibc caps it at 32 MiB on 64-bit machines and answers 0 above that
-    return bool(libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES) and libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def set_up(*, threads: int | None, deterministic: bool, matmul: str) -> None:

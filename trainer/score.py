@@ -88,7 +88,7 @@ def rows(scores: Sequence[PairScore]) -> Iterator[dict[str, object]]:
 
 def load_for_scoring(model_dir: str | Path, dtype: str) -> Decoder:
     """A frozen model in `dtype` ("float32" or "bf16"), numerics set."""
-    numerics.keep_freed_memory()
+    numerics.prepare_process()
     numerics.set_up(threads=None, deterministic=True, matmul="highest")
     return load_decoder(model_dir, dtype=numerics.COMPUTE_DTYPES[dtype]).requires_grad_(False)
 

@@ -25,7 +25,7 @@ from trainer.startup import look_at_data, make_run, open_data, say
 def main(argv: list[str]) -> None:
     """Train as `argv` says, resume, or say that the run is finished. Raises UserError for what the user can mend."""
     config = load_config(argv)
-    numerics.keep_freed_memory()
+    numerics.prepare_process()
     shard, held_out = open_data(config)
     folder = Path(config.run.dir)
     if not dist.is_main():
