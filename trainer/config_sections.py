@@ -290,16 +290,6 @@ class RunConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistConfig(Section):
-    """Several ranks."""
-
-    section = "dist"
-
-    grad_sync: Literal["every", "last"] = "every"
-    """Reduce gradients after every micro-batch (least memory) or after the last of a step (less traffic)."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole, valid configuration; what keys of different sections mean for each other is checked here."""
 
@@ -312,7 +302,6 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
-    dist: DistConfig = DistConfig()
 
     def __post_init__(self) -> None:
         objective = self.train.objective
