@@ -29,7 +29,7 @@ BATCHES = range(4)
 PAIRS_A_BATCH = 4
 PER_TOKEN = 1e-4
 PER_LOSS = 1e-5
-PER_NORM = 1e-4
+PER_NORM = 3e-4
 
 
 @dataclass
