@@ -1,7 +1,7 @@
 """A real model on real pairs gives the numbers that transformers and TRL gave (tests/golden, and ../shared/oracles).
 
 Those numbers were made in float32 on padded batches. Tolerances: 1e-4 nats a token for log-probs, 1e-5 for a loss from
-the same log-probs, 1e-3 relative for gradient norms.
+the same log-probs, 3e-4 relative for gradient norms.
 """
 
 import copy
