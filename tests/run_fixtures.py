@@ -42,6 +42,9 @@ tensorboard = "off"
 """
 """Everything measured or left to the machine is settled, so that two runs can be compared bit for bit."""
 
+PATIENCE_S = 300
+"""A child that takes longer hangs; far more than a busy machine needs."""
+
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
 """Audit events of the interpreter that stand for a change of the disk (or a read); each comes before the act."""
 
@@ -88,7 +91,7 @@ def start_child(argv: list[str], output: Path, **watch: Any) -> BaseProcess:
 def run_child(argv: list[str], output: Path, **watch: Any) -> int:
     """`start_child`, waited for; returns the exit code (-9: killed)."""
     process = start_child(argv, output, **watch)
-    process.join(timeout=60)
+    process.join(timeout=PATIENCE_S)
     assert process.exitcode is not None, f"still running: {output.read_text()}"
     return process.exitcode
 
@@ -96,13 +99,13 @@ def run_child(argv: list[str], output: Path, **watch: Any) -> int:
 def call_in_child(function: Callable[..., None], *args: Any) -> None:
     """Call a test module's function in a process of its own, for what a process has only once; it must not fail."""
     process = _fork(function, *args)
-    process.join(timeout=60)
+    process.join(timeout=PATIENCE_S)
     assert process.exitcode == 0
 
 
 def _fork(function: Callable[..., None], *args: Any, **kwargs: Any) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.train", "torch._dynamo"])  # the latter comes with the first optimizer
+    context.set_forkserver_preload(["trainer.train"])
     process = context.Process(target=function, args=args, kwargs=kwargs, daemon=True)
     process.start()
     return process
@@ -119,7 +122,7 @@ def run_ranks(argv: list[str], folder: Path, world_size: int = 2) -> list[int]:
         for rank in range(world_size)
     ]
     for process in ranks:
-        process.join(timeout=60)
+        process.join(timeout=PATIENCE_S)
         if process.exitcode is None:
             process.kill()
     return [process.exitcode if process.exitcode is not None else -1 for process in ranks]

@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from trainer.batch import build_stream
 from trainer.models.decoder import Decoder
-from trainer.optim import MasterWeights, clip_by_global_norm, learning_rate_at
+from trainer.optim import AdamW, MasterWeights, clip_by_global_norm, learning_rate_at
 
 TRANSFORMERS_NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -210,3 +210,24 @@ def test_updates_equal_a_float32_optimizer_on_the_same_gradients() -> None:
     for parameter, working, (name, master) in zip(plain, model.parameters(), masters.named(), strict=True):
         assert torch.equal(master, parameter), name
         assert torch.equal(working, parameter.bfloat16()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_equals_the_class_of_torch(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (
+        [nn.Parameter(torch.ones(3, 4, dtype=dtype)), nn.Parameter(torch.zeros(5, dtype=dtype))] for _ in "ab"
+    )
+    options = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    mine = AdamW(ours, lr=0.0, **options)
+    torchs = torch.optim.AdamW(theirs, lr=0.0, fused=True, **options)
+    for rate in (0.1, 0.05, 0.02):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = other.grad = torch.randn(one.shape, generator=generator).to(dtype)
+        mine.lr = torchs.param_groups[0]["lr"] = rate
+        mine.step()
+        torchs.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+        for name, value in torchs.state[other].items():
+            assert torch.equal(mine.state[one][name], value), name

@@ -23,6 +23,7 @@ from torch import Tensor
 from data_tools.file_digests import hash_file
 from trainer.errors import CheckpointError, RunError
 from trainer.models.hf_weights import hf_name, write_safetensors
+from trainer.optim import AdamW
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -46,9 +47,7 @@ class Manifest:
     torch: str = torch.__version__
 
 
-def save(
-    folder: Path, manifest: Manifest, named_masters: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
-) -> None:
+def save(folder: Path, manifest: Manifest, named_masters: Iterable[tuple[str, Tensor]], optimizer: AdamW) -> None:
     """Write `folder` (…/step_N), whole or not at all. Raises RunError when the disk refuses; older steps stay whole."""
     temporary = folder.with_name(folder.name + ".tmp")
     masters = [(hf_name(name), tensor) for name, tensor in named_masters]
@@ -127,7 +126,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 @torch.no_grad()
-def load(folder: Path, named_masters: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
+def load(folder: Path, named_masters: Iterable[tuple[str, Tensor]], optimizer: AdamW) -> None:
     """Copy weights and optimizer state into place, one tensor at a time, after checking every file's sha256."""
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     for name, entry in files.items():

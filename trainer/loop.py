@@ -26,7 +26,7 @@ from trainer.metrics import MetricsWriter, peak_memory_mib
 from trainer.models.decoder import Decoder
 from trainer.numerics import STEP0_TOLERANCE
 from trainer.objective import Counts, Objective, group_weights
-from trainer.optim import MasterWeights, clip_by_global_norm, learning_rate_at
+from trainer.optim import AdamW, MasterWeights, clip_by_global_norm, learning_rate_at
 from trainer.reference import ReferenceCache
 
 
@@ -37,7 +37,7 @@ class Run:
     config: Config
     model: Decoder
     masters: MasterWeights
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     objective: Objective
     loader: Loader
     eval_groups: Sequence[Group]
@@ -132,8 +132,7 @@ def train_step(run: Run) -> dict[str, float]:
     totals = dist.sum_over_ranks(sums | {"tokens": tokens})
     if not (math.isfinite(norm) and math.isfinite(totals["loss"])):
         _stop_for_non_finite(run, norm, totals["loss"], bad_rows, indices)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
+    run.optimizer.lr = learning_rate
     run.optimizer.step()
     run.masters.refresh()
     run.step += 1

@@ -41,7 +41,8 @@ def set_up(*, threads: int | None, deterministic: bool, matmul: str) -> None:
     """Apply the run's settings. `matmul`: "highest" or "medium", as `torch.set_float32_matmul_precision` has them."""
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    # not use_deterministic_algorithms: it imports torch's compiler first, about a second of every start
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # deterministic mode would also fill every fresh buffer; no operator here reads memory that it did not write
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision(matmul)

@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 
 class MasterWeights:
@@ -27,7 +28,7 @@ class MasterWeights:
         self._fresh = [True] * len(self.masters)
         for index, (working, master) in enumerate(zip(self._working, self.masters, strict=True)):
             working.data = working.data.to(compute_dtype)
-            master.grad = torch.zeros_like(master)
+            master.grad = torch.empty_like(master)  # the first backward of every step overwrites it
             working.register_post_accumulate_grad_hook(lambda parameter, index=index: self._take(parameter, index))
 
     def _take(self, working: Tensor, index: int) -> None:
@@ -64,6 +65,43 @@ class MasterWeights:
 
     def named(self) -> list[tuple[str, Tensor]]:
         return list(zip(self.names, self.masters, strict=True))
+
+
+class AdamW:
+    """torch's fused AdamW (Loshchilov and Hutter 2019) on a list of parameters with one learning rate, `lr`.
+
+    Calls the function behind `torch.optim.AdamW`: the class itself imports torch's compiler as soon as one is made,
+    about a second of every start. `state` is laid out as the class has it.
+    """
+
+    def __init__(
+        self, parameters: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> None:
+        self.lr = lr
+        self.state: dict[Tensor, dict[str, Tensor]] = {parameter: {} for parameter in parameters}
+        self._options = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update with every parameter's `.grad`; moments are made at the first."""
+        for parameter, state in self.state.items():
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = self.state.values()
+        adamw(
+            list(self.state),
+            [parameter.grad for parameter in self.state],
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            lr=self.lr,
+            **self._options,
+        )
 
 
 @torch.no_grad()

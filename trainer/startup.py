@@ -23,7 +23,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
 from trainer.objective import Objective
-from trainer.optim import MasterWeights
+from trainer.optim import AdamW, MasterWeights
 from trainer.reference import Header, ReferenceCache, score_rows, weights_digest
 from trainer.run_folder import ensure_writable
 
@@ -145,14 +145,13 @@ def make_run(
     return run
 
 
-def make_optimizer(config: Config, masters: MasterWeights) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
+def make_optimizer(config: Config, masters: MasterWeights) -> AdamW:
+    return AdamW(
         masters.masters,
         lr=config.train.learning_rate,
         betas=(config.train.adam_beta1, config.train.adam_beta2),
         eps=config.train.adam_epsilon,
         weight_decay=config.train.weight_decay,
-        fused=True,
     )
 
 
