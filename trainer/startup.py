@@ -16,6 +16,7 @@ from data_tools.tokenizer import load_tokenizer
 from kernels.dispatch import choose_matmul_precision, resolve
 from trainer import checkpoint, dist, numerics
 from trainer.config import Config, maths_changes, parse_toml, to_toml
+from trainer.config_sections import SORTING_LOSS_TYPES
 from trainer.errors import CheckpointError, ConfigError, ModelError, UserError
 from trainer.loader import Loader
 from trainer.loop import Run
@@ -63,6 +64,7 @@ def open_data(config: Config) -> tuple[Shard, Sequence[Group]]:
 def check_fits_model(shard: Shard, model_config: ModelConfig, config: Config) -> None:
     """Token ids inside the vocabulary, positions inside the model's reach. Raises ModelError."""
     check_vocabulary(shard, model_config, config.model.path)
+    check_weights(shard, config)
     if config.reference.path is not None:
         check_vocabulary(shard, ModelConfig.from_folder(config.reference.path), config.reference.path)
     if config.data.max_length > model_config.max_positions:
@@ -70,6 +72,14 @@ def check_fits_model(shard: Shard, model_config: ModelConfig, config: Config) ->
             f"note: data.max_length {config.data.max_length} is beyond the {model_config.max_positions} positions "
             "that the model was made for"
         )
+
+
+def check_weights(shard: Shard, config: Config) -> None:
+    """Sorted losses pair values of different rows, so a row's weight has nothing to act on. Raises ConfigError."""
+    sorting = sorted(set(config.loss.loss_type) & set(SORTING_LOSS_TYPES))
+    if config.train.objective == "dpo" and sorting and any(group.weight != 1 for group in shard):
+        problem = "sorts over rows and cannot weigh them; remove 'weight' from the data or choose another loss"
+        raise ConfigError("loss.loss_type", sorting, problem)
 
 
 def check_vocabulary(groups: Sequence[Group], model_config: ModelConfig, path: str | Path) -> None:
