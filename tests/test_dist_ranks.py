@@ -4,10 +4,13 @@ Ranks are children that share a process group (gloo); one test goes through torc
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -83,8 +86,28 @@ def test_under_torchrun_and_without_it_once_it_died(tiny_model_dir: Path, tmp_pa
     assert worker != launcher.pid
     launcher.kill()
     launcher.wait()
-    with RunLock(folder, wait_s=20, warn=lambda text: None):  # given back when the worker has ended
-        assert_stopped_in_one_line(tmp_path / "log", f"{folder}: torchrun is gone; start the same command again")
+    try:
+        with RunLock(folder, wait_s=30, warn=lambda text: None):  # given back when the worker has ended
+            assert_stopped_in_one_line(tmp_path / "log", f"{folder}: torchrun is gone; start the same command again")
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.long
+def test_two_workers_of_torchrun(tiny_model_dir: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "trainer/main.py"]
+    argv = arguments(tmp_path / "two", tiny_model_dir)
+    done = subprocess.run([*command, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert run_here(arguments(tmp_path / "one", tiny_model_dir)) == 0
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    # a fault of the user: the workers' line, torchrun's own report after it, its exit code
+    bad = [*command, *arguments(tmp_path / "bad", tiny_model_dir, "data.train=none.jsonl")]
+    done = subprocess.run(bad, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "error: none.jsonl: no such file" in done.stderr
+    assert not (tmp_path / "bad").exists()
 
 
 def test_a_run_without_torchrun_outlives_the_shell_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:

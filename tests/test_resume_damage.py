@@ -117,14 +117,16 @@ def test_a_second_start_waits_and_then_names_the_process(
         assert process.is_alive()
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGSTOP)  # type: ignore[arg-type]
-    monkeypatch.setattr(train, "RunLock", partial(RunLock, wait_s=0.2))
-    before = contents(folder)
-    assert run_here(argv) == 2
-    waiting, refused = capsys.readouterr().err.splitlines()
-    assert waiting == f"{folder}: in use by process {process.pid}, waiting up to 0.2 s"
-    assert refused.startswith(f"error: {folder}: in use by process {process.pid} (waited 0.2 s); stop it or choose")
-    assert contents(folder) == before
-    os.kill(process.pid, signal.SIGCONT)  # type: ignore[arg-type]
+    try:
+        monkeypatch.setattr(train, "RunLock", partial(RunLock, wait_s=0.2))
+        before = contents(folder)
+        assert run_here(argv) == 2
+        waiting, refused = capsys.readouterr().err.splitlines()
+        assert waiting == f"{folder}: in use by process {process.pid}, waiting up to 0.2 s"
+        assert refused.startswith(f"error: {folder}: in use by process {process.pid} (waited 0.2 s); stop it or choose")
+        assert contents(folder) == before
+    finally:
+        os.kill(process.pid, signal.SIGCONT)  # type: ignore[arg-type]  # a stopped child could not be ended either
     process.join()
     assert process.exitcode == 0
     assert_same(folder, unbroken)
