@@ -42,7 +42,7 @@ tensorboard = "off"
 """
 """Everything measured or left to the machine is settled, so that two runs can be compared bit for bit."""
 
-PATIENCE_S = 300
+PATIENCE_S = 120
 """A child that takes longer hangs; far more than a busy machine needs."""
 
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
