@@ -17,6 +17,7 @@ from run_fixtures import (
     HELD_OUT,
     OWN_PAIRS,
     ROOT,
+    STEP_3_SAVED,
     Unbroken,
     arguments,
     assert_same,
@@ -88,6 +89,30 @@ def test_killed_again_and_again(tiny_model_dir: Path, tmp_path: Path, unbroken: 
         assert len(codes) < 10
     assert codes.count(-signal.SIGKILL) >= 3
     assert_same(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "pure_bf16"])
+def test_killed_in_bf16(dtype: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """What the model computes with is not what the optimizer keeps: both have to come back."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_here(arguments(whole, tiny_model_dir, f"train.dtype={dtype}")) == 0
+    argv = arguments(killed, tiny_model_dir, f"train.dtype={dtype}")
+    assert run_child(argv, tmp_path / "out", dies_at=STEP_3_SAVED) == -signal.SIGKILL
+    assert run_here(argv) == 0
+    assert rows(killed) == rows(whole)
+    assert contents(killed / "export") == contents(whole / "export")
+
+
+def test_what_a_kill_left_half_written_goes_even_if_no_later_save_replaces_it(
+    tiny_model_dir: Path, tmp_path: Path, unbroken: Unbroken
+) -> None:
+    folder = tmp_path / "run"
+    argv = arguments(folder, tiny_model_dir, *HELD_OUT)
+    manifest = "open checkpoints/step_3.tmp/manifest.json"
+    assert run_child(argv, tmp_path / "out", dies_at=manifest) == -signal.SIGKILL
+    assert steps(folder) == ["step_1", "step_2", "step_3.tmp"]
+    assert run_here([*argv, "--checkpoint.every=4"]) == 0
+    assert steps(folder) == ["step_2", "step_4"] and rows(folder) == unbroken.rows
 
 
 def test_a_real_command_killed_by_the_clock(tiny_model_dir: Path, tmp_path: Path) -> None:
