@@ -346,8 +346,16 @@ def test_toml_names_every_key(minimal: str) -> None:
 
 
 def test_keys_of_the_maths() -> None:
-    assert {"loss.beta", "train.learning_rate", "train.seed", "data.train", "model.path"} <= MATHS_KEYS
-    assert {"run.dir", "eval.every", "checkpoint.every", "data.cache_dir", "kernels.stash"} <= FREE_ON_RESUME
+    assert {"loss.beta", "train.learning_rate", "train.seed", "data.max_length"} <= MATHS_KEYS
+    assert {
+        "model.path",
+        "data.train",
+        "run.dir",
+        "eval.every",
+        "checkpoint.every",
+        "data.cache_dir",
+        "kernels.stash",
+    } <= FREE_ON_RESUME
     every_key = {f"{section}.{name}" for section, cls in SECTIONS.items() for name in section_hints(cls)}
     assert MATHS_KEYS | FREE_ON_RESUME == every_key
 

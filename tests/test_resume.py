@@ -199,6 +199,13 @@ def test_what_leaves_the_training_alone_may_change(
     assert steps(partial_run) == ["step_1", "step_2", "step_3", "step_4"]
 
 
+def test_model_and_data_may_move(partial_run: Path, tiny_model_dir: Path, tmp_path: Path, unbroken: Unbroken) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "moved_model")
+    data = shutil.copy(OWN_PAIRS, tmp_path / "moved.jsonl")
+    assert run_here(arguments(partial_run, tmp_path / "moved_model", *HELD_OUT, data=Path(data))) == 0
+    assert_same(partial_run, unbroken)
+
+
 def test_other_micro_batches_give_the_same_training_up_to_rounding(
     partial_run: Path, tiny_model_dir: Path, unbroken: Unbroken
 ) -> None:

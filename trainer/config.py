@@ -90,9 +90,11 @@ NAMES_ELSEWHERE = {
 FREE_ON_RESUME = frozenset(
     f"{section}.{name}"
     for section, names in {
-        "data": ("eval", "cache_dir", "lint"),
+        # where files lie; what they hold is compared by digest
+        "model": ("path",),
+        "data": ("train", "chat_template", "eval", "cache_dir", "lint"),
         "train": ("tokens_per_microbatch", "activation_checkpointing", "deterministic"),
-        "reference": ("mode", "cache_dir", "cache_file"),
+        "reference": ("path", "mode", "cache_dir", "cache_file"),
         "kernels": ("impl", "stash"),
         "eval": section_hints(EvalConfig),
         "checkpoint": section_hints(CheckpointConfig),
