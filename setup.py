@@ -24,8 +24,9 @@ setup(
         'triton; platform_system == "Linux"',
     ],
     extras_require={
-        # transformers, peft and scikit-learn are oracles: tests compare with them, nothing else imports them.
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "transformers", "peft", "scikit-learn"],
+        # transformers (with protobuf, for sentencepiece models), peft and scikit-learn are oracles: tests compare with
+        # them, nothing else imports them.
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "transformers", "peft", "protobuf", "scikit-learn"],
         "plots": ["matplotlib", "tensorboard"],
         "endpoints": ["httpx"],
     },
