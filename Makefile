@@ -24,7 +24,10 @@ help:  ## print this list
 
 train: $(MODEL)/config.json $(PAIRS)/train.jsonl  ## fetch SmolLM2-135M, build reasoning pairs, train DPO, print the result
 	$(BIN)/torchrun --standalone --nproc-per-node=1 trainer/main.py $(QUICKSTART)
-	@$(BIN)/python -m eval.preference --before $(MODEL) --after $(RUN)/export --data $(PAIRS)/eval.jsonl --run $(RUN) --dtype bf16
+	@[ $(RUN)/result.txt -nt $(RUN)/export/model.safetensors ] || { \
+	  $(BIN)/python -m eval.preference --before $(MODEL) --after $(RUN)/export --data $(PAIRS)/eval.jsonl --run $(RUN) \
+	    --dtype bf16 > $(RUN)/result.part && mv $(RUN)/result.part $(RUN)/result.txt; }
+	@cat $(RUN)/result.txt
 
 test: $(VENV)/test.stamp  ## run the tests that take seconds (a few minutes in all)
 	$(BIN)/python -m pytest -q -m "not long" -rs
