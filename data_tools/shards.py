@@ -30,6 +30,7 @@ import numpy as np
 
 from data_tools import chat_template, encode, jsonl, schema, tokenizer
 from data_tools.chat_template import ChatTemplate, load_chat_template
+from data_tools.disk import sync, user_cache
 from data_tools.encode import EncodeOptions, EncodeReport, Group, encode_records
 from data_tools.errors import DataError, UserError
 from data_tools.file_digests import FileDigests, hash_file, stamp
@@ -105,7 +106,7 @@ def open_or_build(
     Raises UserError: data, tokenizer or template at fault, no row left, or a cache folder that cannot be written. A
     template that prints today's date gives the text of the day on which the shard was built, for as long as it is kept.
     """
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else _default_cache()
+    cache = Path(cache_dir).expanduser() if cache_dir is not None else user_cache("shards")
     with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
     digests = FileDigests(cache / "digests.json")
@@ -137,7 +138,7 @@ def write_shard(groups: Sequence[Group], report: EncodeReport, folder: Path, inp
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
         _flush(file)
-    _flush_folder(folder)
+    sync(folder)
 
 
 def read_shard(folder: Path, digests: FileDigests, *, reused: bool = True) -> Shard:
@@ -218,7 +219,7 @@ def _build(
             write_shard(groups, report, temporary, inputs)
             _remove(folder)
             os.rename(temporary, folder)
-            _flush_folder(folder.parent)
+            sync(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -291,10 +292,6 @@ def _cache_errors(cache: Path) -> Iterator[None]:
         ) from error
 
 
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "logratio" / "shards"
-
-
 def _beside(folder: Path, suffix: str) -> Path:
     return folder.with_name(folder.name + suffix)
 
@@ -307,11 +304,3 @@ def _remove(folder: Path) -> None:
 def _flush(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

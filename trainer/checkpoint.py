@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data_tools.disk import sync
 from data_tools.file_digests import hash_file
 from trainer.errors import CheckpointError, RunError
 from trainer.models.hf_weights import hf_name, write_safetensors
@@ -77,23 +78,14 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     once the new one stands. Raises OSError.
     """
     for path in temporary.iterdir():
-        _sync(path)
+        sync(path)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
     os.rename(temporary, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """See that a file or a folder's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,11 +1,11 @@
 """From a checked config to a `Run`: what can be wrong is found here, before the first collective or update."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from data_tools.disk import user_cache
 from data_tools.encode import EncodeOptions, Group
 from data_tools.file_digests import FileDigests
 from data_tools.jsonl import read_records
@@ -211,7 +211,7 @@ def frozen_copy(config: Config, path: str, impl: str) -> Decoder:
 def cache_folder(config: Config) -> Path:
     if config.reference.cache_dir is not None:
         return Path(config.reference.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "logratio" / "reference"
+    return user_cache("reference")
 
 
 def open_cache(config: Config, header: Header) -> ReferenceCache:
