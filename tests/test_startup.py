@@ -26,3 +26,14 @@ def test_sorted_losses_take_no_row_weights(
     assert code == (2 if refused else 0), error
     assert ("cannot weigh them" in error) is refused
     assert (tmp_path / "run").exists() is not refused
+
+
+def test_sorted_losses_say_how_many_pairs_they_sort(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("", encoding="utf-8")
+    settings = [f"model.path={tiny_model_dir}", f"data.train={PAIRS}", "loss.loss_type=aot", "train.max_steps=1"]
+    settings += [f"run.dir={tmp_path / 'run'}", "train.dtype=float32", "train.global_batch=5"]
+    assert exit_code(main, [str(config), *(f"--{setting}" for setting in settings)]) == 0
+    assert "aot sorts over the pairs of a micro-batch: 5 on this rank" in capsys.readouterr().out

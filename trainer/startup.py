@@ -82,6 +82,15 @@ def check_weights(shard: Shard, config: Config) -> None:
         raise ConfigError("loss.loss_type", sorting, problem)
 
 
+def sorted_pairs_line(run: Run) -> str | None:
+    """How many pairs a sorting loss sorts together in the run's next step; None for other losses."""
+    if run.config.train.objective != "dpo" or not set(run.config.loss.loss_type) & set(SORTING_LOSS_TYPES):
+        return None
+    sizes = [len(members) for members in run.loader.micro_batches(run.loader.step_indices(run.step)) if members]
+    shown = " + ".join(map(str, sizes))
+    return f"aot sorts over the pairs of a micro-batch: {shown} on this rank in the next step"
+
+
 def check_vocabulary(groups: Sequence[Group], model_config: ModelConfig, path: str | Path) -> None:
     """Raise ModelError where a token id has no row in the weights of the model at `path`."""
     largest = max(int(group.ids.max()) for group in groups)

@@ -19,7 +19,7 @@ from trainer.run_folder import (
     remove_leftovers,
     require_free_space,
 )
-from trainer.startup import look_at_data, make_run, open_data, say
+from trainer.startup import look_at_data, make_run, open_data, say, sorted_pairs_line
 
 
 def main(argv: list[str]) -> None:
@@ -53,6 +53,8 @@ def _train(config: Config, shard: Shard, held_out: Sequence[Group], folder: Path
         if run.step >= run.total_steps and not to_export:
             say(f"finished: step {run.step} of {run.total_steps}, all of it in {run.folder}")
             return
+        if (line := sorted_pairs_line(run)) is not None:
+            say(line)
         metrics = _open_metrics(run, folder) if folder is not None else None
         try:
             train(run, metrics)
