@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_tools.encode import Group
+from kernels import dispatch
 from trainer.batch import build_stream
 from trainer.models import attention
 from trainer.models.decoder import Decoder, rope_frequencies
@@ -180,3 +181,16 @@ def test_log_probs_are_those_of_the_logits() -> None:
         ]
         torch.testing.assert_close(model(stream), expected)
         torch.testing.assert_close(states @ model.head_weight.T, logits)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_the_chosen_implementation_reaches_every_operator(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    resolve = dispatch.resolve
+    monkeypatch.setattr(dispatch, "resolve", lambda given="auto": asked.append(given) or resolve(given))
+    model = random_decoder(tiny_config())
+    model.kernel_impl = impl
+    model(build_stream([random_group((3, 2, 2))]))
+    layers = len(model.layers)
+    # a layer: two norms, two rotations, one SwiGLU; then the last norm and the head
+    assert asked == [impl] * (5 * layers + 2)

@@ -31,8 +31,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, impl: str) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, impl=impl)
 
 
 class SelfAttention(nn.Module):
@@ -49,8 +49,8 @@ class SelfAttention(nn.Module):
         q_THh = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         k_TKh = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         v_TKh = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        q_THh = apply_rope(q_THh, shared.scaled_cos, shared.scaled_sin)
-        k_TKh = apply_rope(k_TKh, shared.cos, shared.sin)
+        q_THh = apply_rope(q_THh, shared.scaled_cos, shared.scaled_sin, impl=shared.impl)
+        k_TKh = apply_rope(k_TKh, shared.cos, shared.sin, impl=shared.impl)
         out_THh = stream_attention(q_THh, k_TKh, v_TKh, shared.batches)
         return self.o_proj(out_THh.flatten(-2))
 
@@ -62,8 +62,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        out_TD = swiglu_linear(self.gate_proj(x_TD), self.up_proj(x_TD), self.down_proj.weight)
+    def forward(self, x_TD: Tensor, impl: str) -> Tensor:
+        out_TD = swiglu_linear(self.gate_proj(x_TD), self.up_proj(x_TD), self.down_proj.weight, impl=impl)
         return out_TD if self.down_proj.bias is None else out_TD + self.down_proj.bias
 
 
@@ -76,8 +76,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_TD: Tensor, shared: "SharedByLayers") -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), shared)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD, shared.impl), shared)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD, shared.impl), shared.impl)
 
 
 class SharedByLayers:
@@ -86,7 +86,8 @@ class SharedByLayers:
     The queries' tables carry attention's 1 / sqrt(h), so that scaling costs neither a pass nor a rounding.
     """
 
-    def __init__(self, stream: Stream, config: ModelConfig) -> None:
+    def __init__(self, stream: Stream, config: ModelConfig, impl: str) -> None:
+        self.impl = impl
         positions = _padded(stream.positions)
         angles = torch.outer(positions.float(), rope_frequencies(config).to(positions.device))
         self.cos, self.sin = angles.cos(), angles.sin()
@@ -124,7 +125,7 @@ class Decoder(nn.Module):
         and inspection only: training never builds them.
         """
         num_tokens, num_scored = len(stream.tokens), len(stream.score_targets)
-        shared = SharedByLayers(stream, self.config)
+        shared = SharedByLayers(stream, self.config, self.kernel_impl)
         x_TD = self.embed_tokens(_padded(stream.tokens))
         for layer in self.layers:
             if self.checkpoint_blocks and torch.is_grad_enabled():
@@ -132,11 +133,11 @@ class Decoder(nn.Module):
             else:
                 x_TD = layer(x_TD, shared)
         if output == "logps":
-            hidden_ND = self.norm(x_TD.index_select(0, _padded(stream.score_index)))
+            hidden_ND = self.norm(x_TD.index_select(0, _padded(stream.score_index)), self.kernel_impl)
             targets = _padded(stream.score_targets)
             logps = linear_logps(hidden_ND, self.head_weight, targets, stash=self.stash_logits, impl=self.kernel_impl)
             return logps[:num_scored]
-        hidden_TD = self.norm(x_TD)[:num_tokens]
+        hidden_TD = self.norm(x_TD, self.kernel_impl)[:num_tokens]
         return hidden_TD if output == "hidden" else F.linear(hidden_TD, self.head_weight)
 
 
