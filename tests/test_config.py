@@ -1,7 +1,5 @@
 """The configuration: what is accepted, what is refused with which line, and that nothing changes on the way to TOML."""
 
-import subprocess
-import sys
 import tomllib
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -10,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer import config_sections, losses
 from trainer.config import (
     FREE_ON_RESUME,
     MATHS_KEYS,
@@ -21,7 +18,6 @@ from trainer.config import (
     ModelConfig,
     TrainConfig,
     from_tables,
-    help_text,
     load_config,
     maths_changes,
     parse_toml,
@@ -371,37 +367,3 @@ def test_micro_batches_belong_to_the_maths_of_sorting_losses(minimal: str) -> No
     saved = load_config([minimal, "--loss.loss_type=aot"])
     other = load_config([minimal, "--loss.loss_type=aot", "--train.tokens_per_microbatch=64"])
     assert maths_changes(saved, other) == ["train.tokens_per_microbatch: was 4096, now 64"]
-
-
-# --- help ------------------------------------------------------------------------------------------------------------
-
-
-def test_help_lists_every_key_with_default_and_meaning() -> None:
-    lines = help_text().splitlines()
-    for section, cls in SECTIONS.items():
-        for name in section_hints(cls):
-            (row,) = [i for i, line in enumerate(lines) if line.startswith(f"  --{section}.{name}  (")]
-            assert "default " in lines[row] or "required" in lines[row]
-            assert len(lines[row + 1].strip()) > 10, f"{section}.{name} has no documentation"
-    assert "  --loss.beta  (a finite number; default 0.1)" in lines
-
-
-def test_help_exits_0_and_needs_no_torch() -> None:
-    program = "import sys; from trainer.config import load_config\ntry: load_config(['--help'])\n"
-    program += "except SystemExit as done: print(done.code, sorted({'torch', 'numpy'} & set(sys.modules)))"
-    output = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert output.splitlines()[-1] == "0 []"
-    assert output.startswith("usage: torchrun trainer/main.py CONFIG.toml")
-
-
-# --- the tables that repeat trainer.losses ---------------------------------------------------------------------------
-
-
-def test_loss_tables_are_those_of_the_losses() -> None:
-    assert set(config_sections.LOSS_TYPES) == set(losses.DPO_LOSSES)
-    assert config_sections.CPO_LOSS_TYPES == losses.CPO_LOSSES
-    assert set(config_sections.F_DIVERGENCE_LOSS_TYPES) == losses.F_DIVERGENCE_LOSSES
-    smoothed = {name for name, options in losses.LOSS_OPTIONS.items() if "label_smoothing" in options}
-    assert set(config_sections.SMOOTHED_LOSS_TYPES) == smoothed
