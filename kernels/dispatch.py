@@ -6,11 +6,14 @@ Not here: the operators.
 """
 
 import functools
+import importlib
+import importlib.util
 import logging
 import os
 import statistics
 import time
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,23 +24,42 @@ VARIABLE = "LOGRATIO_KERNELS"
 logger = logging.getLogger("kernels")
 
 
-def resolve(impl: str = "auto") -> str:
-    """The implementation to run, "reference" or "cpu", for `impl` as a caller or the config names it.
+def resolve(impl: str = "auto", device: torch.device | None = None) -> str:
+    """The implementation to run, "reference", "cpu" or "triton", for `impl` as a caller or the config names it.
 
-    "auto" means what LOGRATIO_KERNELS says, else "cpu" (PyTorch operators in a good order: they run on any device).
-    Says its choice once through logging. Raises ValueError for an unknown name, and for "triton".
+    device: where the tensors lie; None is a CPU. "auto" means what LOGRATIO_KERNELS says, else "triton" on a GPU and
+    "cpu" (PyTorch operators in a good order: they run on any device) elsewhere, and where Triton is not installed.
+    Says its choice once through logging. Raises ValueError for an unknown name, and for "triton" where it cannot run:
+    on tensors in CPU memory without Triton's interpreter (TRITON_INTERPRET=1), or without Triton.
     """
     source = "asked for"
     if impl == "auto":
         impl, source = os.environ.get(VARIABLE, "auto"), f"from {VARIABLE}"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"kernels {impl!r} ({source}): must be one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "triton":
-        raise ValueError(f"kernels 'triton' ({source}): this version has no Triton kernels yet; use 'cpu' or 'auto'")
+    on_gpu = device is not None and device.type == "cuda"  # ROCm builds of PyTorch call their devices so too
     if impl == "auto":
-        impl, source = "cpu", "the default"
+        impl, source = ("triton", "on a GPU") if on_gpu and _triton_is_installed() else ("cpu", "the default")
+    if impl == "triton":
+        if not _triton_is_installed():
+            raise ValueError(f"kernels 'triton' ({source}): the package triton is not installed; use 'cpu' or 'auto'")
+        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"kernels 'triton' ({source}): the tensors are in CPU memory, Triton needs a GPU; use 'cpu' or 'auto', "
+                "or set TRITON_INTERPRET=1 to run the kernels slowly in its interpreter"
+            )
     _say_once(impl, source)
     return impl
+
+
+def triton_module(operator: str) -> ModuleType:
+    """The module with the operator's Triton kernels, `kernels/<operator>_triton.py`; the only way they are imported."""
+    return importlib.import_module(f"kernels.{operator}_triton")
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -275,6 +275,6 @@ def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, stash: bool
     threads. Raises ValueError for shapes, dtypes or targets that do not fit.
     """
     _check(hidden, weight, targets)
-    if dispatch.resolve(impl) == "reference":
+    if dispatch.resolve(impl, hidden.device) == "reference":
         return reference.linear_logps(hidden, weight, targets)
     return _LinearLogps.apply(hidden.contiguous(), weight, targets, stash, torch.is_grad_enabled())

@@ -56,6 +56,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Te
         raise ValueError(f"rms_norm needs x (..., D) and weight (D,); got {tuple(x.shape)} and {tuple(weight.shape)}")
     if x.dtype != weight.dtype:
         raise ValueError(f"rms_norm: x is {x.dtype} and weight {weight.dtype}; must be the same")
-    if dispatch.resolve(impl) == "reference":
+    if dispatch.resolve(impl, x.device) == "reference":
         return reference.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)

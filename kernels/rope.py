@@ -50,6 +50,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Te
         raise ValueError(f"apply_rope needs x (T, H, h) with even h, cos and sin (T, h/2); got {shapes}")
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("apply_rope: cos and sin get no gradient; detach them")
-    if dispatch.resolve(impl) == "reference":
+    if dispatch.resolve(impl, x.device) == "reference":
         return reference.apply_rope(x, cos, sin)
     return _ApplyRope.apply(x, cos, sin)

@@ -49,6 +49,6 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor, *, impl: str = "auto
         )
     if not gate.dtype == up.dtype == weight.dtype:
         raise ValueError(f"swiglu_linear: dtypes {gate.dtype}, {up.dtype}, {weight.dtype} must be the same")
-    if dispatch.resolve(impl) == "reference":
+    if dispatch.resolve(impl, gate.device) == "reference":
         return reference.swiglu_linear(gate, up, weight)
     return _SwigluLinear.apply(gate, up, weight)

@@ -14,6 +14,7 @@ from kernels.linear_logps import linear_logps
 @pytest.fixture(autouse=True)
 def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     dispatch._say_once.cache_clear()
 
 
@@ -26,7 +27,7 @@ def test_auto_is_the_cpu_path_and_the_variable_takes_its_place(monkeypatch: pyte
 
 @pytest.mark.parametrize("variable", [False, True])
 @pytest.mark.parametrize(
-    ("impl", "problem"), [("triton", "no Triton kernels yet; use 'cpu'"), ("gpu", "must be one of")]
+    ("impl", "problem"), [("triton", "in CPU memory, Triton needs a GPU; use 'cpu'"), ("gpu", "must be one of")]
 )
 def test_what_cannot_run_is_refused(impl: str, problem: str, variable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if variable:
@@ -34,6 +35,19 @@ def test_what_cannot_run_is_refused(impl: str, problem: str, variable: bool, mon
     place = dispatch.VARIABLE if variable else "asked for"
     with pytest.raises(ValueError, match=f"'{impl}' .*{place}.*{problem}"):
         resolve("auto" if variable else impl)
+
+
+def test_triton_on_a_gpu_in_the_interpreter_and_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    assert resolve("auto", gpu) == resolve("triton", gpu) == "triton"
+    assert resolve("cpu", gpu) == "cpu"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve("triton", torch.device("cpu")) == "triton"
+    assert resolve("auto", torch.device("cpu")) == "cpu"
+    monkeypatch.setattr(dispatch, "_triton_is_installed", lambda: False)
+    assert resolve("auto", gpu) == "cpu"
+    with pytest.raises(ValueError, match="the package triton is not installed; use 'cpu'"):
+        resolve("triton", gpu)
 
 
 def test_the_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
