@@ -1,280 +1,116 @@
-"""Log-probabilities of target tokens from hidden states, forward and backward, without an (N, V) matrix.
+"""Log-probabilities of target tokens from hidden states: the public operator, which checks and picks an implementation.
 
-The vocabulary is walked in slabs of columns, so each slab's part of the head's gradient is one product, written once,
-in a fixed order. What is computed of a slab is
-
-    exps[n, v] = exp(logit[n, v] - center[n])      with the target's own entry taken out,
-
-so that logp = -log(1 + sum(exps) * exp(center - target_logit)): never positive, and exact for a token that the model
-is sure of. `center` is subtracted inside the product, before its result is rounded: as bfloat16, a logit of 20 is
-wrong by up to 0.06, while its distance to the row's largest logit is small where it matters. A row's center starts at
-its target's logit and is raised when a slab shows that it lies too low (`_Sums.raise_centers`).
-
-Four ways to the gradient, counted in products of 2*N*D*V floating-point operations:
-    recompute       4   forward, the slab once more, and two products with it
-    stash           3   `exps` of every slab is kept, in the weight's dtype: N*V numbers
-    frozen head     2   the gradient by `hidden` is summed up in the forward, as attention sums its output
-    no gradient     1
-Not here: a batch axis, masks, sums over tokens. Derived for this project; the running rescale is that of Milakov and
-Gimelshein 2018 (online softmax).
-
-Letters: N scored tokens, D width, V vocabulary, B columns of a slab. Sums, and every (N,) number of the forward, are
-float32 (float64 for float64 inputs).
+The definition is `reference.linear_logps`; `linear_logps_cpu` and `linear_logps_triton` compute it, forward and
+backward, without an (N, V) matrix. Not here: a batch axis, masks, sums over tokens, collectives.
+Letters: N scored tokens, D width, V vocabulary.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels import dispatch, reference
-from kernels.reference import compute_dtype
+from kernels import dispatch, linear_logps_cpu, reference
+from kernels.head import Combine, HeadOptions, LinearLogps, Partials
 
-LOG2E = math.log2(math.e)
-
-# At N 600 to 2048, D 576, V 49152, 1024 to 4096 columns differ by less than the noise; fewer are slower in bfloat16.
-SLAB_COLUMNS = 1024
-
-# A slab whose exponentials add up to more than this raises the row's center. bfloat16: logit - center stays below
-# log 4 = 1.4, which keeps its rounding under 4e-3. Otherwise: below log 64 = 4.2, far from overflow and from where the
-# rounding of an exponent shows. Few rows are computed twice.
-RAISE_ABOVE = {torch.bfloat16: 4.0, torch.float32: 64.0, torch.float64: 64.0}
-
-# center - log normaliser is held above this: what lies lower has a probability of 1e-22 at most, and exp of its
-# negative, by which the target's entry is multiplied, must not overflow.
-LOWEST_GAP = -55.0
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class _Slab(NamedTuple):
-    """Columns [start, stop) of the vocabulary, and the targets among them: at (rows[k], start + columns[k])."""
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    with_entropy: bool = False,
+    with_argmax: bool = False,
+    stash: bool = False,
+    vocab_start: int | None = None,
+    combine: Combine | None = None,
+    impl: str = "auto",
+) -> Tensor | LinearLogps | Partials:
+    """log softmax(logits) at `targets`, (N,) nats, float32 (float64 for float64 inputs).
 
-    start: int
-    stop: int
-    rows: Tensor
-    columns: Tensor
+    logits = softcap * tanh(s / softcap) with s = scale * hidden @ weight.T + bias; without `softcap`, s.
+    hidden (N, D), weight (V, D), bias (V,): the same dtype, float32, bfloat16 or float64 (float16 where an
+        implementation takes it). targets (N,) int64 in [0, V). N may be 0.
+    with_entropy, with_argmax: return a `LinearLogps` with these instead of the log-probabilities alone.
+    stash: keep N * V numbers in the weight's dtype between forward and backward, which saves one product of four. Used
+        only when `weight` or `bias` asks for a gradient.
+    vocab_start: `weight` and `bias` are a part of the vocabulary, from this token on, and `targets` are tokens of the
+        whole. Without `combine`, the part's `Partials` are returned, without gradient. With it, the log-probabilities
+        over the whole vocabulary; the gradients of `weight` and `bias` are the part's own, that of `hidden` is the
+        part's share: the caller adds up the shares of all parts. Every part must get the same upstream gradient.
+    impl: as `dispatch.resolve` takes it. "reference" builds the logits whole.
 
-
-def _cut_slabs(targets: Tensor, vocabulary: int) -> list[_Slab]:
-    ordered, order = torch.sort(targets, stable=True)
-    edges = [*range(0, vocabulary, SLAB_COLUMNS), vocabulary]
-    firsts = torch.searchsorted(ordered, torch.tensor(edges, device=targets.device)).tolist()
-    return [
-        _Slab(start, stop, order[first:last], ordered[first:last] - start)
-        for start, stop, first, last in zip(edges[:-1], edges[1:], firsts[:-1], firsts[1:], strict=True)
-    ]
-
-
-def _slab_of(flat: Tensor, rows: int, slab: _Slab, *, whole: bool) -> Tensor:
-    """A contiguous (rows, B) matrix inside a flat buffer, which holds all slabs one after another or one at a time."""
-    columns = slab.stop - slab.start
-    start = rows * slab.start if whole else 0
-    return flat[start : start + rows * columns].view(rows, columns)
-
-
-def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` in their own dtype, rounded to what `dtype` holds: a center enters the product in the inputs' dtype."""
-    return values.to(dtype).to(values.dtype)
-
-
-def _centered_logits(hidden: Tensor, part: Tensor, center: Tensor, out: Tensor) -> Tensor:
-    """hidden @ part.T - center into `out`: (N, D), (B, D), (N,) -> (N, B)."""
-    column = center[:, None].to(out.dtype)
-    if out.dtype == torch.bfloat16:
-        return torch.addmm(-column, hidden, part.T, out=out)
-    # in wider dtypes subtracting afterwards is as exact, and faster
-    return torch.mm(hidden, part.T, out=out).sub_(column)
-
-
-def _exp_(logits: Tensor) -> Tensor:
-    """exp, in place."""
-    if logits.dtype == torch.bfloat16:
-        return logits.exp_()
-    return logits.mul_(LOG2E).exp2_()  # half the time of exp_ on a CPU
-
-
-class _Sums:
-    """What the forward carries from slab to slab, a row of `hidden` each.
-
-    center (N,): see the module; representable in the inputs' dtype. others (N,): sum of exp(logit - center) over all
-    tokens but the target. weighted (N, D) or None: sum of exp(logit - center) * weight[v] over the same.
+    Gradients flow into `hidden`, `weight` and `bias`, once (no double backward), and repeat bit for bit at one number
+    of threads. Raises ValueError for shapes, dtypes, targets or options that do not fit, and for what the
+    implementation does not support.
     """
-
-    def __init__(self, hidden: Tensor, target_logits: Tensor, *, stash: bool, with_weighted: bool) -> None:
-        self.hidden = hidden
-        self.center = _rounded(target_logits, hidden.dtype)
-        self.others = torch.zeros_like(target_logits)
-        self.weighted = torch.zeros_like(hidden, dtype=target_logits.dtype) if with_weighted else None
-        self.exps_are_used = stash or with_weighted
-        self.scratch = torch.empty(0, dtype=target_logits.dtype, device=hidden.device)
-
-    def add(self, part: Tensor, slab: _Slab, exps: Tensor) -> None:
-        """Add up the slab with weights `part` (B, D). `exps` (N, B) is room to work in, and holds them where used."""
-        _centered_logits(self.hidden, part, self.center, exps)
-        wide = _exp_(self._widened(exps))
-        sums = self._sum_without_targets(wide, slab)
-        high = (sums > RAISE_ABOVE[exps.dtype]).nonzero().squeeze(1)
-        if len(high):
-            self._raise_centers(high, sums[high], part)
-            again = exps.new_empty(len(high), len(part))
-            _centered_logits(self.hidden[high], part, self.center[high], again)
-            wide[high] = _exp_(again.to(wide.dtype))
-            sums = self._sum_without_targets(wide, slab)
-        self.others += sums
-        if self.exps_are_used and wide is not exps:
-            exps.copy_(wide)
-        if self.weighted is not None:
-            self.weighted += exps @ part
-
-    def _widened(self, logits: Tensor) -> Tensor:
-        """`logits` in the dtype of sums: itself, or a copy in a scratch matrix that is made once."""
-        if logits.dtype == self.scratch.dtype:
-            return logits
-        if len(self.scratch) < logits.numel():
-            self.scratch = self.scratch.new_empty(logits.numel())
-        return self.scratch[: logits.numel()].view(logits.shape).copy_(logits)
-
-    def _sum_without_targets(self, exps: Tensor, slab: _Slab) -> Tensor:
-        exps[slab.rows, slab.columns] = 0.0
-        return exps.sum(1)
-
-    def _raise_centers(self, rows: Tensor, sums: Tensor, part: Tensor) -> None:
-        """Move the centers of `rows` (K,) up by the log of the slab's `sums` (K,); if that is inf, to its top logit."""
-        old = self.center[rows]
-        new = old + sums.log()
-        if not torch.isfinite(sums).all():
-            logits = self.hidden[rows].to(old.dtype) @ part.to(old.dtype).T
-            new = torch.where(torch.isfinite(sums), new, logits.amax(1))
-        new = _rounded(new, self.hidden.dtype)
-        scale = torch.exp(old - new)
-        # a new tensor, because the stash remembers the old centers
-        self.center = self.center.index_copy(0, rows, new)
-        self.others[rows] *= scale
-        if self.weighted is not None:
-            self.weighted[rows] *= scale[:, None]
-
-    def logps(self, target_logits: Tensor) -> Tensor:
-        """(N,): minus the softplus of the log-odds of all other tokens against the target."""
-        log_odds = self.others.log() + (self.center - target_logits)
-        return -F.softplus(log_odds, threshold=40.0)  # the default, 20, is not exact enough for float64
-
-    def normaliser(self, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The log of a row's sum of exponentials (N,), and what was lost (N,) by rounding it to one number.
-
-        A logit of 300 minus a normaliser of 300 is off by 3e-5 in float32, and so would every gradient be.
-        """
-        total = self.others + torch.exp(target_logits - self.center)
-        log_total = self.center + total.log()
-        return log_total, (total * torch.exp(self.center - log_total)).log()
+    _check_tensors(hidden, weight, targets, bias)
+    options = HeadOptions(scale, softcap, with_entropy, with_argmax, stash, vocab_start, combine)
+    _check_options(options)
+    _check_targets(targets, len(weight), vocab_start)
+    run = _implementation(impl, hidden.device)
+    if vocab_start is not None and combine is None:
+        with torch.no_grad():
+            return run(hidden, weight, targets, bias, options)
+    found = run(hidden, weight, targets, bias, options)
+    return found if with_entropy or with_argmax else found.logps
 
 
-def _gap(center: Tensor, normaliser: tuple[Tensor, Tensor]) -> Tensor:
-    """center - normaliser, (N,): exps * exp(gap) are probabilities."""
-    return (center - normaliser[0] - normaliser[1]).clamp(min=LOWEST_GAP)
+def _implementation(impl: str, device: torch.device) -> Callable[..., Any]:
+    name = dispatch.resolve(impl, device)
+    if name == "reference":
+        return reference.run_linear_logps
+    return linear_logps_cpu.run if name == "cpu" else dispatch.triton_module("linear_logps").run
 
 
-def _put_target_entries(exps: Tensor, slab: _Slab, logps: Tensor, gap: Tensor) -> None:
-    """Write the targets' entries, so that exps * exp(gap) is probability - onehot, minus the gradient by the logits.
-
-    p - 1 comes from logp through expm1: as a difference of rounded numbers it would be lost for an almost sure token.
-    """
-    rows = slab.rows
-    exps[rows, slab.columns] = (torch.expm1(logps[rows]) * torch.exp(-gap[rows])).to(exps.dtype)
-
-
-class _LinearLogps(torch.autograd.Function):
-    """Which way the gradient is found follows from `stash` and from which inputs ask for one (see the module)."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, stash: bool, grad_enabled: bool) -> Tensor:
-        by_hidden, by_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        stash = stash and by_weight
-        rows = len(hidden)
-        target_weight = weight.index_select(0, targets)
-        target_logits = (hidden.to(compute_dtype(hidden.dtype)) * target_weight).sum(1)
-        sums = _Sums(hidden, target_logits, stash=stash, with_weighted=by_hidden and not by_weight)
-        slabs = _cut_slabs(targets, len(weight))
-        buffer = hidden.new_empty(rows * (len(weight) if stash else min(SLAB_COLUMNS, len(weight))))
-        ctx.centers = []
-        for slab in slabs:
-            sums.add(weight[slab.start : slab.stop], slab, _slab_of(buffer, rows, slab, whole=stash))
-            ctx.centers.append(sums.center)
-        logps, normaliser = sums.logps(target_logits), sums.normaliser(target_logits)
-        if stash:
-            for slab, center in zip(slabs, ctx.centers, strict=True):
-                _put_target_entries(_slab_of(buffer, rows, slab, whole=True), slab, logps, _gap(center, normaliser))
-        if by_weight:
-            ctx.save_for_backward(hidden, weight, targets, logps, *normaliser, buffer if stash else None)
-        elif by_hidden:
-            ctx.hidden_dtype = hidden.dtype
-            scale = torch.exp(_gap(sums.center, normaliser))
-            ctx.save_for_backward(-torch.expm1(logps)[:, None] * target_weight - scale[:, None] * sums.weighted)
-        return logps
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[1]:
-            (by_hidden,) = ctx.saved_tensors
-            return (grad[:, None] * by_hidden).to(ctx.hidden_dtype), None, None, None, None
-        hidden, weight, targets, logps, *normaliser, stash = ctx.saved_tensors
-        rows = len(hidden)
-        grad_hidden = hidden.new_zeros(hidden.shape, dtype=logps.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight)
-        buffer = hidden.new_empty(rows * min(SLAB_COLUMNS, len(weight))) if stash is None else stash
-        center = _rounded(normaliser[0], hidden.dtype)
-        for index, slab in enumerate(_cut_slabs(targets, len(weight))):
-            part = weight[slab.start : slab.stop]
-            exps = _slab_of(buffer, rows, slab, whole=stash is not None)
-            if stash is None:
-                _exp_(_centered_logits(hidden, part, center, exps))
-                _put_target_entries(exps, slab, logps, _gap(center, normaliser))
-            else:
-                center = ctx.centers[index]
-            if stash is not None or index == 0:  # the factor belongs on exps, but (N, D) is the smaller matrix
-                factor = -(grad * torch.exp(_gap(center, normaliser)))[:, None]
-                scaled_hidden = (factor * hidden).to(weight.dtype)
-            torch.mm(exps.T, scaled_hidden, out=grad_weight[slab.start : slab.stop])
-            if grad_hidden is not None:
-                grad_hidden.addcmul_(factor, exps @ part)
-        return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
-
-
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden, weight, targets))
     if hidden.ndim != 2 or weight.ndim != 2 or targets.ndim != 1:
         raise ValueError(f"linear_logps needs hidden (N, D), weight (V, D) and targets (N,); got {shapes}")
     if hidden.shape[1] != weight.shape[1] or len(hidden) != len(targets) or 0 in weight.shape:
         raise ValueError(f"linear_logps: N or D differs between hidden, weight and targets, or D or V is 0: {shapes}")
-    if hidden.dtype != weight.dtype or hidden.dtype not in RAISE_ABOVE:
-        names = ", ".join(str(dtype) for dtype in RAISE_ABOVE)
+    if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
+        names = ", ".join(str(dtype) for dtype in DTYPES)
         raise ValueError(f"linear_logps: hidden is {hidden.dtype}, weight {weight.dtype}; must be the same, of {names}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise ValueError(
+            f"linear_logps: bias is {tuple(bias.shape)} {bias.dtype}; weight {tuple(weight.shape)} {weight.dtype} "
+            f"needs ({len(weight)},) {weight.dtype}"
+        )
     if targets.dtype != torch.int64:
         raise ValueError(f"linear_logps: targets are {targets.dtype}; must be torch.int64")
-    if len(targets):
-        low, high = (int(bound) for bound in targets.aminmax())
-        if low < 0 or high >= len(weight):
-            raise ValueError(
-                f"linear_logps: targets range from {low} to {high}, the vocabulary from 0 to {len(weight) - 1}; "
-                "leave out the rows that are not scored"
-            )
 
 
-def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, stash: bool = False, impl: str = "auto") -> Tensor:
-    """log softmax(hidden @ weight.T) at `targets`, (N,) nats, float32 (float64 for float64 inputs).
+def _check_options(options: HeadOptions) -> None:
+    if options.softcap is not None and not (math.isfinite(options.softcap) and options.softcap > 0):
+        raise ValueError(f"linear_logps: softcap {options.softcap}: must be a positive number, or None for no cap")
+    if not math.isfinite(options.scale) or options.scale == 0:
+        raise ValueError(f"linear_logps: scale {options.scale}: must be a number other than 0")
+    if options.vocab_start is None:
+        if options.combine is not None:
+            raise ValueError("linear_logps: combine without vocab_start; say at which token this part begins")
+    elif options.vocab_start < 0:
+        raise ValueError(f"linear_logps: vocab_start {options.vocab_start}: must be at least 0")
+    elif options.with_entropy or options.with_argmax:
+        raise ValueError(
+            "linear_logps: with_entropy and with_argmax need the whole vocabulary; leave them out, or pass the whole "
+            "weight without vocab_start"
+        )
 
-    hidden (N, D) and weight (V, D): the same dtype, float32, bfloat16 or float64. targets (N,) int64 in [0, V). N may
-        be 0.
-    stash: keep N * V numbers in the weight's dtype between forward and backward, which saves one product of four. Used
-        only when `weight` asks for a gradient.
-    impl: as `dispatch.resolve` takes it. "reference" builds the logits whole.
 
-    Gradients flow into `hidden` and `weight`, once (no double backward), and repeat bit for bit at one number of
-    threads. Raises ValueError for shapes, dtypes or targets that do not fit.
-    """
-    _check(hidden, weight, targets)
-    if dispatch.resolve(impl, hidden.device) == "reference":
-        return reference.linear_logps(hidden, weight, targets)
-    return _LinearLogps.apply(hidden.contiguous(), weight, targets, stash, torch.is_grad_enabled())
+def _check_targets(targets: Tensor, vocabulary: int, vocab_start: int | None) -> None:
+    if not len(targets):
+        return
+    low, high = (int(bound) for bound in targets.aminmax())
+    if low < 0 or (vocab_start is None and high >= vocabulary):
+        raise ValueError(
+            f"linear_logps: targets range from {low} to {high}, the vocabulary from 0 to {vocabulary - 1}; "
+            "leave out the rows that are not scored"
+        )

@@ -7,16 +7,74 @@ Shapes: N scored tokens, D width, V vocabulary, T tokens, H heads, h head width.
 import torch
 from torch import Tensor
 
+from kernels.head import Combine, HeadOptions, LinearLogps, Partials
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and exponentials are taken in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(hidden @ weight.T) at `targets`: (N, D), (V, D), (N,) int64 -> (N,) float32 (float64 for float64)."""
-    logits_NV = (hidden @ weight.T).to(compute_dtype(hidden.dtype))
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """scale * hidden @ weight.T + bias, capped: (N, D), (V, D), (V,) -> (N, V) float32 (float64 for float64).
+
+    `scale` as Cohere's models multiply their logits, softcap * tanh(logit / softcap) as Gemma 2 caps them.
+    """
+    wide = compute_dtype(hidden.dtype)
+    logits_NV = scale * (hidden @ weight.T).to(wide)
+    if bias is not None:
+        logits_NV = logits_NV + bias.to(wide)
+    return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """log softmax(head_logits) at `targets`: (N, D), (V, D), (N,) int64 -> (N,) float32 (float64 for float64)."""
+    logits_NV = head_logits(hidden, weight, bias, scale=scale, softcap=softcap)
     return torch.log_softmax(logits_NV, dim=-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def run_linear_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: HeadOptions
+) -> LinearLogps | Partials:
+    """`linear_logps` with all its options."""
+    logits_NV = head_logits(hidden, weight, bias, scale=options.scale, softcap=options.softcap)
+    if options.vocab_start is not None:
+        return _logps_of_part(logits_NV, targets - options.vocab_start, options.combine)
+    all_logps_NV = torch.log_softmax(logits_NV, dim=-1)
+    column_N1 = targets[:, None]
+    entropy = hit = None
+    if options.with_entropy:
+        entropy = torch.special.entr(all_logps_NV.detach().exp()).sum(1)
+    if options.with_argmax:
+        hit = (logits_NV <= logits_NV.gather(1, column_N1)).all(1)
+    return LinearLogps(all_logps_NV.gather(1, column_N1).squeeze(1), entropy, hit)
+
+
+def _logps_of_part(logits_NV: Tensor, columns: Tensor, combine: Combine | None) -> LinearLogps | Partials:
+    """logits_NV: of this part of the vocabulary. columns (N,): the targets' places, outside [0, V) in another part."""
+    inside = (columns >= 0) & (columns < logits_NV.shape[1])
+    picked = logits_NV.gather(1, torch.where(inside, columns, 0)[:, None]).squeeze(1)
+    values = logits_NV.detach()
+    maxima = values.amax(1)
+    sums = (values - maxima[:, None]).exp().sum(1)
+    partials = maxima, sums, picked.detach().masked_fill(~inside, -torch.inf)
+    if combine is None:
+        return partials
+    maxima, sums, target_logits = combine(*partials)
+    normaliser = maxima + sums.log()
+    # its derivative by this part's logits is onehot - probability; its value does not matter
+    carrier = torch.where(inside, picked, 0) - (logits_NV - normaliser[:, None]).exp().sum(1)
+    return LinearLogps(target_logits - normaliser + (carrier - carrier.detach()))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import linear_logps as module
+from kernels import linear_logps_cpu as module
 from kernels import reference
 from kernels.linear_logps import linear_logps
 
@@ -281,7 +281,8 @@ def test_second_derivatives_are_refused() -> None:
         (lambda h, w, t: (h, w, t[:2]), r"N or D differs.*\(2,\)"),
         (lambda h, w, t: (h, w[:0], t), "D or V is 0"),
         (lambda h, w, t: (h.bfloat16(), w, t), "hidden is torch.bfloat16, weight torch.float32"),
-        (lambda h, w, t: (h.half(), w.half(), t), "must be the same, of .*torch.bfloat16"),
+        (lambda h, w, t: (h.half(), w.half(), t), "the CPU path does not take torch.float16; use bfloat16"),
+        (lambda h, w, t: (h.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn), t), "must be the same, of .*bfloat16"),
         (lambda h, w, t: (h, w, t.int()), "targets are torch.int32; must be torch.int64"),
         (lambda h, w, t: (h, w, t - 100), "range from -96 to -92.* leave out the rows that are not scored"),
         (lambda h, w, t: (h, w, t + 9), "the vocabulary from 0 to 8"),
