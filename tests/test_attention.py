@@ -7,7 +7,15 @@ from torch import Tensor
 
 from trainer.batch import GroupLayout, build_stream
 from trainer.models import attention
-from trainer.models.attention import Block, allowed_mask, batch_blocks, row_blocks, stream_attention
+from trainer.models.attention import (
+    Block,
+    HeadBatch,
+    allowed_mask,
+    batch_blocks,
+    head_batches,
+    row_blocks,
+    stream_attention,
+)
 
 LENGTHS = [(5, 3, 4), (1, 1, 2, 6), (0, 4, 2), (7,), (2, 9)]
 PATHS = pytest.mark.parametrize(
@@ -30,6 +38,11 @@ def random_heads(tokens: int, *, heads: int = 6, kv_heads: int = 2, width: int =
     """q (T, H, h), k and v (T, K, h) in float64, with scores large enough to make the softmax uneven."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(tokens, n, width, generator=generator).double() for n in (heads, kv_heads, kv_heads)]
+
+
+def batches_of(layout: tuple[GroupLayout, ...], inputs: list[Tensor]) -> list[HeadBatch]:
+    q, k, _ = inputs
+    return head_batches(batch_blocks(layout, len(q)), len(q), q.shape[1], k.shape[1], q.dtype)
 
 
 def definition(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, layout: tuple[GroupLayout, ...]) -> Tensor:
@@ -95,15 +108,15 @@ def test_long_groups_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batches_hold_every_block_once_and_have_few_shapes() -> None:
     layout = layout_of([(20, 30, 40)] * 5 + [(90, 60, 60)] * 3)
     batches = batch_blocks(layout, 1100)  # five whole groups, and three of three branches; tokens end before 1100
-    found = sorted(place for batch in batches for place in batch.row_places.tolist() if place < 1100)
+    found = sorted(place for batch in batches for place in batch.places.flatten().tolist() if place < 1100)
     assert found == list(range(layout[-1].stop))
-    assert sorted(tuple(batch.mask.shape) for batch in batches) == [(2, 1, 64, 160), (4, 1, 64, 160), (8, 1, 96, 96)]
+    assert sorted(tuple(batch.mask.shape) for batch in batches) == [(2, 64, 160), (4, 64, 160), (8, 96, 96)]
 
 
 def test_tokens_behind_the_groups_get_zeros_and_give_nothing() -> None:
     layout = layout_of([(3, 2, 2)])
     inputs = [x.requires_grad_() for x in random_heads(10)]
-    out = stream_attention(*inputs, batch_blocks(layout, 10))
+    out = stream_attention(*inputs, batches_of(layout, inputs))
     assert (out[7:] == 0).all()
     for grad in torch.autograd.grad(out.sum(), inputs):
         assert (grad[7:] == 0).all()
@@ -116,7 +129,7 @@ def test_tokens_behind_the_groups_get_zeros_and_give_nothing() -> None:
 def test_values_and_gradients(kv_heads: int) -> None:
     layout = layout_of(LENGTHS)
     inputs = [x.requires_grad_() for x in random_heads(layout[-1].stop, kv_heads=kv_heads)]
-    out, expected = stream_attention(*inputs, batch_blocks(layout, layout[-1].stop)), definition(*inputs, layout)
+    out, expected = stream_attention(*inputs, batches_of(layout, inputs)), definition(*inputs, layout)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     found = torch.autograd.grad(out, inputs, cotangent)
@@ -127,8 +140,8 @@ def test_values_and_gradients(kv_heads: int) -> None:
 @PATHS
 @pytest.mark.usefixtures("cut")
 def test_backward_is_the_derivative() -> None:
-    blocks = batch_blocks(layout_of([(2, 2, 3)]), 7)
     inputs = [x.requires_grad_() for x in random_heads(7, heads=4, width=4)]
+    blocks = batches_of(layout_of([(2, 2, 3)]), inputs)
     assert torch.autograd.gradcheck(lambda q, k, v: stream_attention(q, k, v, blocks), inputs)
 
 
@@ -136,8 +149,8 @@ def test_backward_is_the_derivative() -> None:
 @pytest.mark.usefixtures("cut")
 def test_what_may_not_be_seen_has_no_influence() -> None:
     """Rejected rows are bit for bit the same whatever keys and values chosen has, and send it no gradient."""
-    blocks = batch_blocks(layout_of([(4, 5, 6)]), 15)
     q, k, v = random_heads(15)
+    blocks = batches_of(layout_of([(4, 5, 6)]), [q, k, v])
     before = stream_attention(q, k, v, blocks)
     k[4:9] *= -3
     v[4:9] += 100
@@ -173,7 +186,7 @@ def test_bfloat16_is_no_worse_than_plain() -> None:
     for kind, dtype in (("ours", torch.bfloat16), ("plain", torch.bfloat16), ("plain", torch.float64)):
         inputs = [x.to(dtype).requires_grad_() for x in rounded]
         out = (
-            stream_attention(*inputs, batch_blocks(layout, layout[-1].stop))
+            stream_attention(*inputs, batches_of(layout, inputs))
             if kind == "ours"
             else plain_attention(*inputs, layout)
         )

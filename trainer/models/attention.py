@@ -12,10 +12,11 @@ R = H / K, h head width.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.reference import compute_dtype
 from trainer.batch import GroupLayout
@@ -50,11 +51,22 @@ class Block(NamedTuple):
 
 
 class BlockBatch(NamedTuple):
-    """B blocks of one padded size.
+    """B blocks of one padded size, and where their rows and keys lie in the stream.
 
-    rows (B n,), keys (B m,): stream positions; a padded entry is 0 in `rows` and `keys`, and T, one past the stream,
-    in `row_places` and `key_places`, which say where results go. mask (B, 1, n, m) float32: 0, or -inf where a row may
-    not see a key.
+    places, key_places: (B, n) and (B, m) stream positions; T, one past the stream, is a padded entry.
+    mask (B, n, m) float32: 0, or -inf where a row may not see a key.
+    """
+
+    places: Tensor
+    key_places: Tensor
+    mask: Tensor
+
+
+class HeadBatch(NamedTuple):
+    """A `BlockBatch` for H query and K key-value heads: indices into (T H, h) and (T K, h) matrices.
+
+    rows (B K R n,), keys (B K m,): where to read, 0 for a padded entry. row_places, key_places: where results go, the
+    row past the last for a padded entry. mask (B, 1, n, m) in the dtype of the scores.
     """
 
     rows: Tensor
@@ -110,21 +122,39 @@ def _rounded_up(length: int) -> int:
 
 
 def _batch(blocks: Sequence[Block], rows: int, keys: int, num_tokens: int) -> BlockBatch:
-    row_places = torch.full((len(blocks), rows), num_tokens)
+    places = torch.full((len(blocks), rows), num_tokens)
     key_places = torch.full((len(blocks), keys), num_tokens)
-    mask = torch.zeros(len(blocks), 1, rows, keys)
+    mask = torch.zeros(len(blocks), rows, keys)
     for index, block in enumerate(blocks):
         own_rows, own_keys = block.allowed.shape
-        row_places[index, :own_rows] = block.rows
+        places[index, :own_rows] = block.rows
         key_places[index, :own_keys] = block.keys
-        mask[index, :, :, own_keys:] = float("-inf")
-        mask[index, 0, :own_rows, :own_keys].masked_fill_(~block.allowed, float("-inf"))
-    row_places, key_places = row_places.flatten(), key_places.flatten()
-    padded = (places.masked_fill(places == num_tokens, 0) for places in (row_places, key_places))
-    return BlockBatch(*padded, row_places, key_places, mask)
+        mask[index, :, own_keys:] = float("-inf")
+        mask[index, :own_rows, :own_keys].masked_fill_(~block.allowed, float("-inf"))
+    return BlockBatch(places, key_places, mask)
 
 
-def stream_attention(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, batches: Sequence[BlockBatch]) -> Tensor:
+def head_batches(
+    batches: Sequence[BlockBatch], num_tokens: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype
+) -> list[HeadBatch]:
+    """The same for every layer, so made once a stream: one index then moves a tensor into its blocks, heads first."""
+    query_heads = torch.arange(num_heads).view(1, num_kv_heads, -1, 1)
+    kv_heads = torch.arange(num_kv_heads).view(1, num_kv_heads, 1)
+    made = []
+    for batch in batches:
+        row_places, rows = _flat(batch.places[:, None, None, :], query_heads, num_tokens, num_heads)
+        key_places, keys = _flat(batch.key_places[:, None, :], kv_heads, num_tokens, num_kv_heads)
+        made.append(HeadBatch(rows, keys, row_places, key_places, batch.mask[:, None].to(dtype)))
+    return made
+
+
+def _flat(places: Tensor, heads: Tensor, num_tokens: int, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Where to write and where to read in a (T heads, h) matrix."""
+    write = torch.where(places < num_tokens, places * num_heads + heads, num_tokens * num_heads).flatten()
+    return write, write.masked_fill(write == num_tokens * num_heads, 0)
+
+
+def stream_attention(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, batches: Sequence[HeadBatch]) -> Tensor:
     """Softmax attention of every token over what it may see, (T, H, h).
 
     q_THh: (T, H, h), already scaled by 1 / sqrt(h); k_TKh, v_TKh: (T, K, h), same dtype; `batches` of the stream.
@@ -133,80 +163,71 @@ def stream_attention(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, batches: Seque
 
 
 class _StreamAttention(torch.autograd.Function):
-    """Per batch of blocks: GEMM, float32 softmax, GEMM. The backward forms the probabilities again, so nothing of the
-    scores' size is kept; it needs five GEMMs.
+    """Per batch of blocks: GEMM, softmax, GEMM. The backward forms the probabilities again, so nothing of the scores'
+    size is kept; it needs five GEMMs.
 
     The R query heads that share a key-value head are stacked along the rows, so the GEMM itself sums their key and
     value gradients. The prompt's gradients, summed over its branches, are summed in float32. Padded rows get a zero
-    gradient and padded keys -inf, so they add nothing; what they give goes to place T, which is cut off.
+    gradient and padded keys -inf, so they add nothing; what they give goes to the row past the last, which is cut off.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[BlockBatch]) -> Tensor:
-        out = q.new_zeros(len(q) + 1, *q.shape[1:])
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[HeadBatch]) -> Tensor:
+        flat_q, flat_k, flat_v = (x.reshape(-1, x.shape[-1]) for x in (q, k, v))
+        out = flat_q.new_zeros(len(flat_q) + 1, q.shape[-1])
         for batch in batches:
-            keys, values = (_by_kv_head(x.index_select(0, batch.keys), batch.mask.shape) for x in (k, v))
-            probs = _probs(_by_query_head(q.index_select(0, batch.rows), batch, k.shape[1]), keys, batch)
-            part = torch.bmm(probs.to(v.dtype), values)
-            out.index_copy_(0, batch.row_places, _rows_of_query_heads(part, batch))
-        out = out[:-1]
-        ctx.save_for_backward(q, k, v, out)
+            keys, values = (_gather(x, batch.keys, batch.mask.shape[3]) for x in (flat_k, flat_v))
+            probs = _probs(_gather(flat_q, batch.rows, _stacked_rows(batch, q, k)), keys, batch.mask)
+            out.index_copy_(0, batch.row_places, torch.bmm(probs, values).flatten(0, 1))
+        ctx.save_for_backward(q, k, v)
         ctx.batches = batches
-        return out
+        return out[:-1].view_as(q)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out = ctx.saved_tensors
-        num_kv, wide = k.shape[1], compute_dtype(k.dtype)
-        grad_q = q.new_zeros(len(q) + 1, *q.shape[1:])
-        grad_k, grad_v = (k.new_zeros(len(k) + 1, *k.shape[1:], dtype=wide) for _ in range(2))
-        row_dots = torch.cat([(grad * out).sum(dim=-1, dtype=wide), grad.new_zeros(1, q.shape[1], dtype=wide)])
-        grad = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v = ctx.saved_tensors
+        head_dim, wide = q.shape[-1], compute_dtype(k.dtype)
+        flat_q, flat_k, flat_v, flat_grad = (x.reshape(-1, head_dim) for x in (q, k, v, grad))
+        flat_grad = torch.cat([flat_grad, flat_grad.new_zeros(1, head_dim)])
+        grad_q = flat_q.new_zeros(len(flat_q) + 1, head_dim)
+        grad_k, grad_v = (flat_k.new_zeros(len(flat_k) + 1, head_dim, dtype=wide) for _ in range(2))
         for batch in ctx.batches:
-            keys, values = (_by_kv_head(x.index_select(0, batch.keys), batch.mask.shape) for x in (k, v))
-            queries = _by_query_head(q.index_select(0, batch.rows), batch, num_kv)
-            grads = _by_query_head(grad.index_select(0, batch.row_places), batch, num_kv)
-            row_dot = _by_query_head(row_dots.index_select(0, batch.row_places).unsqueeze(-1), batch, num_kv)
-            probs = _probs(queries, keys, batch)
-            _add_by_key(grad_v, torch.bmm(probs.to(v.dtype).transpose(1, 2), grads), batch)
-            grad_probs = torch.bmm(grads, values.transpose(1, 2)).to(wide)
-            grad_scores = probs.mul_(grad_probs.sub_(row_dot)).to(q.dtype)
-            part = torch.bmm(grad_scores, keys)
-            grad_q.index_copy_(0, batch.row_places, _rows_of_query_heads(part, batch))
-            _add_by_key(grad_k, torch.bmm(grad_scores.transpose(1, 2), queries), batch)
-        return grad_q[:-1], grad_k[:-1].to(k.dtype), grad_v[:-1].to(v.dtype), None
+            stacked = _stacked_rows(batch, q, k)
+            keys, values = (_gather(x, batch.keys, batch.mask.shape[3]) for x in (flat_k, flat_v))
+            queries, grads = _gather(flat_q, batch.rows, stacked), _gather(flat_grad, batch.row_places, stacked)
+            probs = _probs(queries, keys, batch.mask)
+            grad_v.index_add_(0, batch.key_places, torch.bmm(probs.transpose(1, 2), grads).flatten(0, 1).to(wide))
+            grad_probs = torch.bmm(grads, values.transpose(1, 2))
+            # probs * (grad_probs - their mean under probs), in float32 inside
+            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+            grad_q.index_copy_(0, batch.row_places, torch.bmm(grad_scores, keys).flatten(0, 1))
+            part = torch.bmm(grad_scores.transpose(1, 2), queries)
+            grad_k.index_add_(0, batch.key_places, part.flatten(0, 1).to(wide))
+        return (
+            grad_q[:-1].view_as(q),
+            grad_k[:-1].to(k.dtype).view_as(k),
+            grad_v[:-1].to(v.dtype).view_as(v),
+            None,
+        )
 
 
-def _probs(queries: Tensor, keys: Tensor, batch: BlockBatch) -> Tensor:
-    """(B K, R n, m) softmax over the keys that each row may see, in float32 (float64 for float64).
+def _stacked_rows(batch: HeadBatch, q: Tensor, k: Tensor) -> int:
+    """R n."""
+    return q.shape[1] // k.shape[1] * batch.mask.shape[2]
+
+
+def _gather(flat: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Rows of (T heads, h) as (B K, rows, h)."""
+    return flat.index_select(0, index).view(-1, rows, flat.shape[-1])
+
+
+def _probs(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    """(B K, R n, m) softmax over the keys that each row may see, rounded once to the inputs' dtype.
 
     torch.softmax, not exp of a difference: the latter takes up to 40 times as long where the result is denormal.
     """
-    scores = torch.bmm(queries, keys.transpose(1, 2)).to(compute_dtype(queries.dtype))
-    blocks, _, rows, columns = batch.mask.shape
-    scores.view(blocks, -1, rows, columns).add_(batch.mask)
+    scores = torch.bmm(queries, keys.transpose(1, 2))
+    blocks, _, rows, columns = mask.shape
+    scores.view(blocks, -1, rows, columns).add_(mask)
     return torch.softmax(scores, dim=-1, out=scores)
-
-
-def _by_kv_head(x: Tensor, shape: torch.Size) -> Tensor:
-    """(B m, K, h) -> (B K, m, h)."""
-    return x.view(shape[0], shape[3], *x.shape[1:]).transpose(1, 2).flatten(0, 1)
-
-
-def _by_query_head(x: Tensor, batch: BlockBatch, num_kv: int) -> Tensor:
-    """(B n, H, h) -> (B K, R n, h)."""
-    blocks, _, rows, _ = batch.mask.shape
-    return x.view(blocks, rows, *x.shape[1:]).transpose(1, 2).reshape(blocks * num_kv, -1, x.shape[-1])
-
-
-def _rows_of_query_heads(x: Tensor, batch: BlockBatch) -> Tensor:
-    """(B K, R n, h) -> (B n, H, h)."""
-    blocks, _, rows, _ = batch.mask.shape
-    return x.view(blocks, -1, rows, x.shape[-1]).transpose(1, 2).flatten(0, 1)
-
-
-def _add_by_key(total: Tensor, part: Tensor, batch: BlockBatch) -> None:
-    """Add gradients (B K, m, h) to (T + 1, K, h) where their keys came from."""
-    blocks, _, _, keys = batch.mask.shape
-    part = part.view(blocks, -1, keys, part.shape[-1]).transpose(1, 2).flatten(0, 1)
-    total.index_add_(0, batch.key_places, part.to(total.dtype))

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.linear_logps import linear_logps
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import add_rms_norm
 from kernels.rope import apply_rope
 from kernels.swiglu_linear import swiglu_linear
 from trainer.batch import Stream
-from trainer.models.attention import batch_blocks, stream_attention
+from trainer.models.attention import batch_blocks, head_batches, stream_attention
 from trainer.models.config import ModelConfig
 
 SHAPE_STEP = 32
@@ -31,8 +31,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
-    def forward(self, x: Tensor, impl: str) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, impl=impl)
+    def forward(self, x: Tensor, residual: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
+        """The sum of x and residual, where there is one, and the norm of it."""
+        return add_rms_norm(x, residual, self.weight, self.eps, impl=impl)
 
 
 class SelfAttention(nn.Module):
@@ -75,9 +76,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_TD: Tensor, shared: "SharedByLayers") -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD, shared.impl), shared)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD, shared.impl), shared.impl)
+    def forward(self, x_TD: Tensor, added_TD: Tensor | None, shared: "SharedByLayers") -> tuple[Tensor, Tensor]:
+        """The residual stream is x + added, in and out: the sum is left to the norm that reads it next."""
+        x_TD, normed_TD = self.input_layernorm(x_TD, added_TD, shared.impl)
+        x_TD, normed_TD = self.post_attention_layernorm(x_TD, self.self_attn(normed_TD, shared), shared.impl)
+        return x_TD, self.mlp(normed_TD, shared.impl)
 
 
 class SharedByLayers:
@@ -86,14 +89,15 @@ class SharedByLayers:
     The queries' tables carry attention's 1 / sqrt(h), so that scaling costs neither a pass nor a rounding.
     """
 
-    def __init__(self, stream: Stream, config: ModelConfig, impl: str) -> None:
+    def __init__(self, stream: Stream, config: ModelConfig, impl: str, dtype: torch.dtype) -> None:
         self.impl = impl
         positions = _padded(stream.positions)
         angles = torch.outer(positions.float(), rope_frequencies(config).to(positions.device))
         self.cos, self.sin = angles.cos(), angles.sin()
         scale = config.head_dim**-0.5
         self.scaled_cos, self.scaled_sin = self.cos * scale, self.sin * scale
-        self.batches = batch_blocks(stream.layout, len(positions))
+        blocks = batch_blocks(stream.layout, len(positions))
+        self.batches = head_batches(blocks, len(positions), config.num_heads, config.num_kv_heads, dtype)
 
 
 class Decoder(nn.Module):
@@ -125,19 +129,22 @@ class Decoder(nn.Module):
         and inspection only: training never builds them.
         """
         num_tokens, num_scored = len(stream.tokens), len(stream.score_targets)
-        shared = SharedByLayers(stream, self.config, self.kernel_impl)
-        x_TD = self.embed_tokens(_padded(stream.tokens))
+        shared = SharedByLayers(stream, self.config, self.kernel_impl, self.embed_tokens.weight.dtype)
+        x_TD, added_TD = self.embed_tokens(_padded(stream.tokens)), None
         for layer in self.layers:
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x_TD = checkpoint(layer, x_TD, shared, use_reentrant=False, preserve_rng_state=False)
+                x_TD = _sum(x_TD, added_TD)  # one tensor is kept for each block, not two
+                x_TD, added_TD = checkpoint(layer, x_TD, None, shared, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_TD = layer(x_TD, shared)
+                x_TD, added_TD = layer(x_TD, added_TD, shared)
+        x_TD = _sum(x_TD, added_TD)
         if output == "logps":
-            hidden_ND = self.norm(x_TD.index_select(0, _padded(stream.score_index)), self.kernel_impl)
+            _, hidden_ND = self.norm(x_TD.index_select(0, _padded(stream.score_index)), None, self.kernel_impl)
             targets = _padded(stream.score_targets)
             logps = linear_logps(hidden_ND, self.head_weight, targets, stash=self.stash_logits, impl=self.kernel_impl)
             return logps[:num_scored]
-        hidden_TD = self.norm(x_TD, self.kernel_impl)[:num_tokens]
+        _, hidden_TD = self.norm(x_TD, None, self.kernel_impl)
+        hidden_TD = hidden_TD[:num_tokens]
         return hidden_TD if output == "hidden" else F.linear(hidden_TD, self.head_weight)
 
 
@@ -159,3 +166,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 def _padded(values: Tensor) -> Tensor:
     """(n,) int64 with zeros behind it up to a multiple of SHAPE_STEP."""
     return F.pad(values, (0, -len(values) % SHAPE_STEP))
+
+
+def _sum(x: Tensor, added: Tensor | None) -> Tensor:
+    return x if added is None else x + added
