@@ -41,3 +41,5 @@ class KernelCase:
     """Bytes that one launch has to read and write at least."""
     is_gemm: bool
     """Must use tensor cores."""
+    over_2_gib: tuple[str, ...] = ()
+    """Pointers to tensors of 2 GiB or more: on AMD, Triton uses 32-bit buffer instructions for smaller ones."""
