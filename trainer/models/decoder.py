@@ -17,7 +17,7 @@ from kernels.rms_norm import add_rms_norm
 from kernels.rope import apply_rope
 from kernels.swiglu_linear import swiglu_linear
 from trainer.batch import Stream
-from trainer.models.attention import batch_blocks, head_batches, stream_attention
+from trainer.models.attention_form import stream_attend
 from trainer.models.config import ModelConfig
 
 SHAPE_STEP = 32
@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
         v_TKh = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         q_THh = apply_rope(q_THh, shared.scaled_cos, shared.scaled_sin, impl=shared.impl)
         k_TKh = apply_rope(k_TKh, shared.cos, shared.sin, impl=shared.impl)
-        out_THh = stream_attention(q_THh, k_TKh, v_TKh, shared.batches)
+        out_THh = shared.attend(q_THh, k_TKh, v_TKh)
         return self.o_proj(out_THh.flatten(-2))
 
 
@@ -84,20 +84,19 @@ class Block(nn.Module):
 
 
 class SharedByLayers:
-    """What every layer of one forward needs of the stream: rotary tables (T, h / 2) float32, attention's blocks.
+    """What every layer of one forward needs of the stream: rotary tables (T, h / 2) float32, attention.
 
     The queries' tables carry attention's 1 / sqrt(h), so that scaling costs neither a pass nor a rounding.
     """
 
-    def __init__(self, stream: Stream, config: ModelConfig, impl: str, dtype: torch.dtype) -> None:
+    def __init__(self, stream: Stream, config: ModelConfig, impl: str, attention: str, dtype: torch.dtype) -> None:
         self.impl = impl
         positions = _padded(stream.positions)
         angles = torch.outer(positions.float(), rope_frequencies(config).to(positions.device))
         self.cos, self.sin = angles.cos(), angles.sin()
         scale = config.head_dim**-0.5
         self.scaled_cos, self.scaled_sin = self.cos * scale, self.sin * scale
-        blocks = batch_blocks(stream.layout, len(positions))
-        self.batches = head_batches(blocks, len(positions), config.num_heads, config.num_kv_heads, dtype)
+        self.attend = stream_attend(attention, stream, len(positions), config, dtype)
 
 
 class Decoder(nn.Module):
@@ -118,6 +117,7 @@ class Decoder(nn.Module):
         self.checkpoint_blocks = False
         self.stash_logits = False
         self.kernel_impl = "auto"
+        self.attention_form = "auto"
 
     @property
     def head_weight(self) -> Tensor:
@@ -129,7 +129,8 @@ class Decoder(nn.Module):
         and inspection only: training never builds them.
         """
         num_tokens, num_scored = len(stream.tokens), len(stream.score_targets)
-        shared = SharedByLayers(stream, self.config, self.kernel_impl, self.embed_tokens.weight.dtype)
+        dtype = self.embed_tokens.weight.dtype
+        shared = SharedByLayers(stream, self.config, self.kernel_impl, self.attention_form, dtype)
         x_TD, added_TD = self.embed_tokens(_padded(stream.tokens)), None
         for layer in self.layers:
             if self.checkpoint_blocks and torch.is_grad_enabled():
