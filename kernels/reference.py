@@ -88,6 +88,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight
 
 
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(total, rms_norm(total)) with total = x + residual: (..., D), (..., D) or None, (D,) -> (..., D) twice."""
+    total = x if residual is None else x + residual
+    return total, rms_norm(total, weight, eps)
+
+
 def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     """(silu(gate) * up) @ weight.T: (T, F), (T, F), (D, F) -> (T, D) (Shazeer 2020, eq. 6, without bias)."""
     return (torch.nn.functional.silu(gate) * up) @ weight.T

@@ -1,4 +1,4 @@
-"""`rms_norm`: values and gradients against float64, what it keeps, errors."""
+"""`rms_norm` and `add_rms_norm`: values and gradients against float64, what they keep, errors."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import reference
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import add_rms_norm, rms_norm
 
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8}
 EPS = 1e-5
@@ -126,3 +126,110 @@ def test_keeps_x_and_one_number_a_row() -> None:
 def test_errors_say_what_does_not_fit(x: Tensor, weight: Tensor, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         rms_norm(x, weight, EPS)
+
+
+def run_add(
+    x: Tensor, residual: Tensor | None, weight: Tensor, grads: tuple[Tensor, Tensor], impl: str
+) -> list[Tensor | None]:
+    """[total, normed, gradient by x, by residual, by weight]."""
+    leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in (x, residual, weight)]
+    out = add_rms_norm(*leaves, EPS, impl=impl)
+    torch.autograd.backward(out, grads)
+    return [*(tensor.detach() for tensor in out), *(None if leaf is None else leaf.grad for leaf in leaves)]
+
+
+def make_add_inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, first: bool = False) -> list:
+    x, weight, grad = make_inputs(shape, dtype, seed)
+    residual, _, grad_total = make_inputs(shape, dtype, seed + 1000)
+    return [x, None if first else residual, weight, (grad_total, grad)]
+
+
+def widened(inputs: list) -> list:
+    x, residual, weight, grads = inputs
+    return [x.double(), None if residual is None else residual.double(), weight.double(), [g.double() for g in grads]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(0, 6),
+    width=st.integers(1, 70),
+    dtype=st.sampled_from(list(ROUNDING)),
+    first=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_added_norm_is_as_good_as_plain_pytorch(
+    rows: int, width: int, dtype: torch.dtype, first: bool, seed: int
+) -> None:
+    inputs = make_add_inputs((rows, width), dtype, seed, first=first)
+    truth = run_add(*widened(inputs), "reference")
+    plain, ours = run_add(*inputs, "reference"), run_add(*inputs, "cpu")
+    assert torch.equal(ours[0], plain[0])
+    for name, exact, other, value in zip(
+        ("total", "normed", "by x", "by residual", "by weight"), truth, plain, ours, strict=True
+    ):
+        if exact is None:
+            assert value is None and name == "by residual"
+            continue
+        assert value.dtype == dtype
+        if rows:
+            error, baseline = (value - exact).abs().max(), (other - exact).abs().max()
+            scale = max(float(exact.abs().max()), *(float(grad.abs().max()) for grad in inputs[3]))
+            assert error <= 2 * baseline + ROUNDING[dtype] * scale, f"{name}: {error=} {baseline=} {rows=} {width=}"
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_gradients_of_the_added_norm_by_finite_differences(first: bool) -> None:
+    x, residual, weight, _ = make_add_inputs((2, 3, 5), torch.float64, first=first)
+    leaves = [tensor.requires_grad_() for tensor in (x, residual, weight) if tensor is not None]
+
+    def function(x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        *residual, weight = rest
+        return add_rms_norm(x, residual[0] if residual else None, weight, EPS)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_result_may_go_unused(used: int) -> None:
+    x, residual, weight, grads = make_add_inputs((4, 9), torch.float32)
+    found = []
+    for impl in ("cpu", "reference"):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, residual, weight)]
+        add_rms_norm(*leaves, EPS, impl=impl)[used].backward(grads[used])
+        found.append([leaf.grad for leaf in leaves])
+    for ours, plain in zip(*found, strict=True):
+        assert (ours is None) == (plain is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, plain)
+
+
+def test_the_two_gradients_are_added_before_they_are_rounded() -> None:
+    """bfloat16: the sum is the exact one rounded once, which a sum of two rounded gradients often is not."""
+    inputs = make_add_inputs((64, 96), torch.bfloat16, first=True)  # a residual would be rounded before the norm
+    truth = run_add(*widened(inputs), "reference")
+    ours, plain = run_add(*inputs, "cpu"), run_add(*inputs, "reference")
+    rounded_once = [float((found[2] == truth[2].bfloat16()).float().mean()) for found in (ours, plain)]
+    assert rounded_once[0] > 0.99 and rounded_once[1] < 0.9, rounded_once
+
+
+def test_the_added_norm_keeps_the_total_and_one_number_a_row() -> None:
+    x, residual, weight, _ = make_add_inputs((10, 64), torch.bfloat16)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        total, _ = add_rms_norm(x.requires_grad_(), residual, weight.requires_grad_(), EPS)
+    assert [tensor.data_ptr() for tensor in kept[:2]] == [total.data_ptr(), weight.data_ptr()]
+    assert [tensor.numel() for tensor in kept[2:]] == [10]
+
+
+def test_the_added_norm_leaves_its_inputs_alone() -> None:
+    x, residual, weight, grads = make_add_inputs((5, 8), torch.float32)
+    copies = [tensor.clone() for tensor in (x, residual, weight, *grads)]
+    torch.autograd.backward(add_rms_norm(x.requires_grad_(), residual.requires_grad_(), weight, EPS), grads)
+    for tensor, copy in zip((x, residual, weight, *grads), copies, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+@pytest.mark.parametrize("residual", [torch.ones(3, 5), torch.ones(4), torch.ones(3, 4).bfloat16()])
+def test_a_residual_that_does_not_fit_is_refused(residual: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"add_rms_norm: residual is .*, x torch.float32 \(3, 4\); must be the same"):
+        add_rms_norm(torch.ones(3, 4), residual, torch.ones(4), EPS)

@@ -135,7 +135,7 @@ def test_forward_of_one_text(models: Models) -> None:
     ids = oracle["ids"].astype(np.int32)
     stream = build_stream([Group("text", ids, (len(ids),), ((),))], score_prompt=True)
     after_first: list[Tensor] = []
-    hook = models.init.layers[0].register_forward_hook(lambda _module, _inputs, output: after_first.append(output))
+    hook = models.init.layers[0].register_forward_hook(lambda _module, _inputs, output: after_first.append(sum(output)))
     with torch.no_grad():
         found = {
             "token_logps": models.init(stream),
