@@ -305,6 +305,7 @@ def test_every_key_survives_toml_with_a_value_that_is_not_its_default() -> None:
         "checkpoint": {"every": 1, "keep_last": 1},
         "run": {"dir": "d", "resume": "never", "log_every": 2, "progress": False, "tensorboard": "off", "threads": 2,
                 "export": False},
+        "dist": {"strategy": "fsdp", "replicas": 2, "grad_sync": "last", "cpu_offload": True},
     }  # fmt: skip
     not_for_dpo = {"orpo_nll", "simpo_gamma", "cpo_alpha"}
     assert {name for section in SECTIONS for name in to_tables(from_tables(tables))[section]} == not_for_dpo | {

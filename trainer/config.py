@@ -21,6 +21,7 @@ from trainer.config_sections import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DistConfig,
     EvalConfig,
     KernelsConfig,
     LossConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DistConfig",
     "EvalConfig",
     "KernelsConfig",
     "LossConfig",
@@ -99,6 +101,7 @@ FREE_ON_RESUME = frozenset(
         "eval": section_hints(EvalConfig),
         "checkpoint": section_hints(CheckpointConfig),
         "run": section_hints(RunConfig),
+        "dist": section_hints(DistConfig),
     }.items()
     for name in names
 )

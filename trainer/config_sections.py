@@ -4,6 +4,7 @@ The string under a field is its documentation: `--help` prints it. Sections chec
 `Config` in hand is a valid one; what one key means for another is checked in `Config`. Imports no torch.
 """
 
+import re
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_type_hints
 
@@ -139,8 +140,8 @@ class TrainConfig(Section):
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
     dtype: Literal["float32", "bf16", "pure_bf16"] = "bf16"
     """bf16: computes in bfloat16 on float32 master weights; pure_bf16: weights and optimizer in bfloat16 as well."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: recompute each layer in the backward pass, less memory for about a third more time."""
+    activation_checkpointing: str = "none"
+    """Recompute in the backward pass: full: every layer; every_K: each K-th; selective: all but narrow products."""
     seed: int = 42
     """Decides the order of the data and every random number of the run."""
     deterministic: bool = True
@@ -153,6 +154,8 @@ class TrainConfig(Section):
         for name in ("adam_beta1", "adam_beta2"):
             self.require(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
         self.require(self.adam_epsilon > 0, "adam_epsilon", "must be > 0")
+        known = re.fullmatch("none|full|selective|every_[1-9][0-9]*", self.activation_checkpointing)
+        self.require(known, "activation_checkpointing", "must be none, full, selective or every_K, such as every_2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +230,9 @@ class KernelsConfig(Section):
 
     impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """auto: triton on a GPU, the CPU path elsewhere; reference: plain PyTorch."""
+    attention: Literal["auto", "blocks", "flex", "merge"] = "auto"
+    """blocks: matrix products a block; flex: PyTorch's flex attention; merge: flash kernels, two parts; auto: flex on a
+    GPU, blocks elsewhere."""
     stash: bool = False
     """Keep the head's logits between forward and backward: faster, for 2 bytes a vocabulary entry and scored token."""
     matmul: Literal["auto", "highest", "medium"] = "auto"
@@ -280,6 +286,8 @@ class RunConfig(Section):
     """Show a progress bar on a terminal."""
     tensorboard: Literal["auto", "on", "off"] = "auto"
     """Write TensorBoard files; auto: if it is installed."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model is trained; auto: on a GPU if PyTorch finds one, one for each rank of a machine."""
     threads: int | None = None
     """CPU threads of one rank; none: PyTorch's choice."""
     export: bool = True
@@ -287,6 +295,28 @@ class RunConfig(Section):
 
     def check(self) -> None:
         self.require_at_least(1, "log_every", "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistConfig(Section):
+    """How several ranks (torchrun --nproc-per-node) share the work. The result is the same up to rounding."""
+
+    section = "dist"
+
+    strategy: Literal["auto", "fsdp", "replicas"] = "auto"
+    """fsdp: each rank holds its part of weights and optimizer (FSDP2); replicas: all of it (DDP); auto: fsdp."""
+    replicas: int = 1
+    """With fsdp: how many sharded copies of the model there are (HSDP), such as the number of machines."""
+    grad_sync: Literal["every", "last"] = "every"
+    """With fsdp: sum gradients after every micro-batch (less memory) or after a step's last (less traffic)."""
+    cpu_offload: bool = False
+    """With fsdp on a GPU: keep sharded weights and optimizer in CPU memory."""
+
+    def check(self) -> None:
+        self.require_at_least(1, "replicas")
+        for name in ("replicas", "grad_sync", "cpu_offload"):
+            unused = self.strategy != "replicas" or getattr(self, name) == section_defaults(DistConfig)[name]
+            self.require(unused, name, "is not used by dist.strategy = replicas; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +332,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
+    dist: DistConfig = DistConfig()
 
     def __post_init__(self) -> None:
         objective = self.train.objective
