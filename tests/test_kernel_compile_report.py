@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,13 +248,23 @@ def test_text_without_what_is_looked_for_is_no_reading_of_zero() -> None:
         assembly.read_amd("", "")
 
 
+CASE = KernelCase(
+    operator="x", kernel=SimpleNamespace(arg_names=["a", "b", "n"]), source="pointers", targets=("sm_100",),
+    signature={"a": "*bf16", "b": "*bf16", "n": "i32"}, constexprs={}, divisible_by_16=("a", "n"), over_2_gib=("b",),
+    num_warps=4, num_stages=2, shape="", dtype="bf16", flops=1, bytes_moved=1, is_gemm=True,
+)  # fmt: skip
+
+
+def test_attributes_are_what_a_launch_would_find() -> None:
+    """On AMD, Triton also marks pointers to less than 2 GiB (HIPBackend.get_tensor_specialization of 3.7.1)."""
+    multiple = ["tt.divisibility", 16]
+    assert compile_report.attributes(CASE, "sm_80") == {(0,): [multiple], (2,): [multiple]}
+    assert compile_report.attributes(CASE, "gfx942") == {(0,): [multiple, ["tt.pointer_range", 32]], (2,): [multiple]}
+
+
 def test_tensor_memory_has_its_own_limit() -> None:
     """128 x 256 float32 sums take 256 columns of 128 lanes; B200 has 512."""
-    case = KernelCase(
-        operator="x", kernel=None, source="pointers", targets=("sm_100",), signature={}, constexprs={},
-        divisible_by_16=(), num_warps=4, num_stages=2, shape="", dtype="bf16", flops=1, bytes_moved=1, is_gemm=True,
-    )  # fmt: skip
     reading = assembly.Reading(0, 42, 1, 1, 0, False)
     for columns, found in ((512, 0), (1024, 1)):
         compiled = compile_report.Compiled(reading, 1024, columns)
-        assert len(list(compile_report.problems(case, "sm_100", compiled))) == found
+        assert len(list(compile_report.problems(CASE, "sm_100", compiled))) == found
