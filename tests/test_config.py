@@ -300,11 +300,11 @@ def test_every_key_survives_toml_with_a_value_that_is_not_its_default() -> None:
                  "label_smoothing": 0.001, "f_divergence": "alpha_divergence", "f_alpha_divergence_coef": 0.25,
                  "ld_alpha": 0.5, "discopop_tau": 0.5},
         "reference": {"mode": "model", "path": "R", "cache_dir": "rc", "cache_file": "f"},
-        "kernels": {"impl": "cpu", "stash": True, "matmul": "highest"},
+        "kernels": {"impl": "cpu", "attention": "merge", "stash": True, "matmul": "highest"},
         "eval": {"every": 4, "max_pairs": 6},
         "checkpoint": {"every": 1, "keep_last": 1},
-        "run": {"dir": "d", "resume": "never", "log_every": 2, "progress": False, "tensorboard": "off", "threads": 2,
-                "export": False},
+        "run": {"dir": "d", "resume": "never", "log_every": 2, "progress": False, "tensorboard": "off", "device": "cpu",
+                "threads": 2, "export": False},
         "dist": {"strategy": "fsdp", "replicas": 2, "grad_sync": "last", "cpu_offload": True},
     }  # fmt: skip
     not_for_dpo = {"orpo_nll", "simpo_gamma", "cpo_alpha"}

@@ -102,6 +102,7 @@ def bench_config(args: argparse.Namespace, run_dir: str) -> Config:
         f"--kernels.stash={str(args.stash).lower()}",
         f"--kernels.matmul={args.matmul}",
         f"--run.dir={run_dir}",
+        "--run.device=cpu",  # so are the GEMM limit and the peak of memory
     ]
     if args.threads is not None:
         argv.append(f"--run.threads={args.threads}")

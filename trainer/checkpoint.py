@@ -6,7 +6,8 @@
 
 Written to `step_N.tmp`, then renamed. Tensors are streamed one at a time, so a save needs no second copy of weights or
 optimizer. torch's HuggingFaceStorageWriter makes the same kind of file but builds each file in memory first;
-HuggingFaceStorageReader reads these (tests/test_checkpoint.py).
+HuggingFaceStorageReader reads these (tests/test_checkpoint.py). There is no state of random numbers to keep, on a CPU
+or a GPU: no step draws one.
 """
 
 import json
@@ -42,6 +43,8 @@ class Manifest:
     threads: int
     choices: dict[str, object] = field(default_factory=dict)
     """Decided by measurement at the start of the run and reused on resume."""
+    device: str = "cpu"
+    """"cpu" or "cuda"."""
     reference_digest: str = ""
     """Of the reference model's weights; empty for objectives without one."""
     format: int = FORMAT
@@ -131,7 +134,8 @@ def load(folder: Path, named_masters: Iterable[tuple[str, Tensor]], optimizer: A
                 tensor.copy_(_matching(file.get_tensor(name), tensor, folder, name))
         with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
             for name, tensor in masters:
-                state = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                state = {key: file.get_tensor(f"{key}.{name}").to(tensor.device) for key in keys}
                 for key in ("exp_avg", "exp_avg_sq"):
                     _matching(state[key], tensor, folder, f"{key}.{name}")
                 optimizer.state[tensor] = state

@@ -1,4 +1,5 @@
-"""Ranks: the sole caller of collectives. One process is the same path with a world of one and no process group."""
+"""Ranks and their devices: the sole caller of collectives. One process is the same path with a world of one and no
+process group."""
 
 import os
 from collections.abc import Iterable
@@ -6,6 +7,8 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+
+from trainer.errors import ConfigError
 
 LAUNCHER = os.getppid()
 
@@ -29,10 +32,29 @@ def launcher_is_gone() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER
 
 
-def start() -> None:
-    """Join the process group when there is more than one rank (gloo: this version trains on CPU)."""
+def choose_device(name: str = "auto") -> torch.device:
+    """This rank's device for `run.device`: "auto" is a GPU where PyTorch finds one. Rank LOCAL_RANK of a machine, as
+    torchrun sets it, has the GPU of that number. Raises ConfigError where there is none."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("run.device", name, "PyTorch finds no GPU here; use auto or cpu")
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        problem = (
+            f"local rank {index} has no GPU, PyTorch finds {count}; start {count} ranks on this machine or use cpu"
+        )
+        raise ConfigError("run.device", name, problem)
+    return torch.device("cuda", index)
+
+
+def start(device: torch.device) -> None:
+    """Make `device` this process's GPU, if it is one, and join the process group when there is more than one rank:
+    NCCL for tensors on a GPU, gloo for those in CPU memory and for objects."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world_size() > 1 and not torch_dist.is_initialized():
-        torch_dist.init_process_group("gloo")
+        torch_dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def stop() -> None:

@@ -54,6 +54,11 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.run.dir)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return dist.choose_device(self.config.run.device)
+
     def reference_logps(self, groups: Sequence[Group], stream: Stream) -> Tensor | None:
         """(N,) float32 reference log-probs in stream order, or None for objectives without a reference."""
         if self.cache is not None:
@@ -157,11 +162,11 @@ def _micro_batch(
 ) -> tuple[dict[str, float], list[str], str | None]:
     """Forward, loss and backward of one micro-batch: its metric sums, the rows with non-finite numbers and, where
     `check_start` asks, what `unlike_reference` finds."""
-    stream = build_stream(groups, score_prompt=run.objective.scores_prompt)
+    stream = build_stream(groups, score_prompt=run.objective.scores_prompt).to(run.device)
     token_logps = run.model(stream)
     reference = run.reference_logps(groups, stream)
     message = unlike_reference(token_logps.detach(), reference, run) if check_start else None
-    terms = run.objective.terms(token_logps, reference, stream, group_weights(groups), counts)
+    terms = run.objective.terms(token_logps, reference, stream, group_weights(groups, run.device), counts)
     bad_rows = []
     if not torch.isfinite(terms.loss):
         bad_rows = _rows_with_non_finite(groups, stream, token_logps.detach())
@@ -198,9 +203,10 @@ def evaluate(run: Run) -> dict[str, float]:
     sums: dict[str, float] = {}
     for batch in length_sorted_batches(mine, run.config.train.tokens_per_microbatch):
         groups = [mine[index] for index in batch]
-        stream = build_stream(groups, score_prompt=run.objective.scores_prompt)
+        stream = build_stream(groups, score_prompt=run.objective.scores_prompt).to(run.device)
         reference = run.reference_logps(groups, stream)
-        terms = run.objective.terms(run.model(stream), reference, stream, group_weights(groups), counts)
+        weights = group_weights(groups, run.device)
+        terms = run.objective.terms(run.model(stream), reference, stream, weights, counts)
         for name, value in terms.sums.items():
             sums[name] = sums.get(name, 0.0) + value.item()
     return dist.sum_over_ranks(sums)

@@ -24,7 +24,9 @@ def prepare_process() -> None:
     glibc keeps freed buffers under 1 GiB instead of returning them to the kernel: a training step frees and takes the
     same large buffers over and over, and with the defaults each one is mapped and zeroed anew. oneDNN and the layer
     above it keep a program of about 1 MB for each shape of a product, 1024 of them by default; here `KEPT_PROGRAMS`.
+    cuBLAS needs a fixed workspace to give the same bits in every run; PyTorch's deterministic mode insists on it.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(variable, str(KEPT_PROGRAMS))
     if not sys.platform.startswith("linux"):

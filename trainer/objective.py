@@ -211,9 +211,9 @@ class Objective:
         return Terms(loss, detached)
 
 
-def group_weights(groups: Iterable[Group]) -> Tensor:
-    """(groups,) float32 weights of a micro-batch's rows."""
-    return torch.tensor([group.weight for group in groups], dtype=torch.float32)
+def group_weights(groups: Iterable[Group], device: torch.device | None = None) -> Tensor:
+    """(groups,) float32 weights of a micro-batch's rows; without a device, in CPU memory."""
+    return torch.tensor([group.weight for group in groups], dtype=torch.float32, device=device)
 
 
 def pair_sums(token_logps: Tensor, stream: Stream) -> tuple[PairLogps, PairLengths]:

@@ -86,7 +86,7 @@ class AdamW:
         """One update with every parameter's `.grad`; moments are made at the first."""
         for parameter, state in self.state.items():
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         states = self.state.values()

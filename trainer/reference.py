@@ -119,7 +119,7 @@ class ReferenceCache:
     def token_logps(self, groups: Sequence[Group], stream: Stream) -> Tensor:
         """(N,) float32 in the order of `stream.score_targets`. A row that is absent or of another length is our bug."""
         rows = [self._rows[row_key(group, branch)] for group in groups for branch in range(1, len(group.lengths))]
-        values = torch.from_numpy(np.concatenate(rows).astype(np.float32, copy=False))
+        values = torch.from_numpy(np.concatenate(rows).astype(np.float32, copy=False)).to(stream.tokens.device)
         assert values.numel() == stream.score_targets.numel(), "cached rows do not fit the stream"
         return values
 
@@ -174,7 +174,7 @@ def score_rows(model: Decoder, groups: Sequence[Group], *, tokens_per_batch: int
     for batch in length_sorted_batches(mine, tokens_per_batch):
         members = [mine[index] for index in batch]
         stream = build_stream(members)
-        values = model(stream).numpy()
+        values = model(stream.to(model.head_weight.device)).cpu().numpy()
         stops = np.cumsum(stream.segment_tokens.numpy())
         segment = 0
         for group in members:

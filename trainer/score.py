@@ -18,7 +18,7 @@ from data_tools.chat_template import load_chat_template
 from data_tools.encode import EncodeOptions, Group, encode_records
 from data_tools.jsonl import read_records
 from data_tools.tokenizer import load_tokenizer
-from trainer import losses, numerics
+from trainer import dist, losses, numerics
 from trainer.batch import build_stream
 from trainer.entry import run_command
 from trainer.loader import length_sorted_batches
@@ -64,7 +64,8 @@ def score_pairs(model: Decoder, groups: Sequence[Group], *, tokens_per_batch: in
     results: dict[int, PairScore] = {}
     for batch in length_sorted_batches(groups, tokens_per_batch):
         stream = build_stream([groups[index] for index in batch])
-        sums = losses.segment_sums(model(stream), stream.score_segments, stream.num_segments).view(-1, 3).tolist()
+        token_logps = model(stream.to(model.head_weight.device)).cpu()
+        sums = losses.segment_sums(token_logps, stream.score_segments, stream.num_segments).view(-1, 3).tolist()
         ids = iter(torch.split(stream.score_targets, stream.segment_tokens.tolist()))
         for index, (_, chosen, rejected) in zip(batch, sums, strict=True):
             _, chosen_ids, rejected_ids = next(ids), next(ids).tolist(), next(ids).tolist()
@@ -87,10 +88,11 @@ def rows(scores: Sequence[PairScore]) -> Iterator[dict[str, object]]:
 
 
 def load_for_scoring(model_dir: str | Path, dtype: str) -> Decoder:
-    """A frozen model in `dtype` ("float32" or "bf16"), numerics set."""
+    """A frozen model in `dtype` ("float32" or "bf16"), on a GPU where PyTorch finds one, numerics set."""
     numerics.prepare_process()
     numerics.set_up(threads=None, deterministic=True, matmul="highest")
-    return load_decoder(model_dir, dtype=numerics.COMPUTE_DTYPES[dtype]).requires_grad_(False)
+    model = load_decoder(model_dir, dtype=numerics.COMPUTE_DTYPES[dtype]).requires_grad_(False)
+    return model.to(dist.choose_device())
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,7 @@
 """From a checked config to a `Run`: what can be wrong is found here, before the first collective or update."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from trainer.config_sections import SORTING_LOSS_TYPES
 from trainer.errors import CheckpointError, ConfigError, ModelError, UserError
 from trainer.loader import Loader
 from trainer.loop import Run
+from trainer.models.attention_form import choose_form
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
@@ -118,8 +120,10 @@ def make_run(
 ) -> Run:
     """Load the model, score what the reference has not scored yet, then put the checkpoint's state in place."""
     objective = Objective(config.train.objective, config.loss)
+    device = dist.choose_device(config.run.device)
     old = checkpoint.read_manifest(resume_from) if resume_from is not None else None
-    choices = dict(old.choices) if old is not None else measured_choices(config)
+    same_device = old is not None and old.device == device.type
+    choices = dict(old.choices) if same_device else measured_choices(config, device)
     numerics.set_up(threads=config.run.threads, deterministic=config.train.deterministic, matmul=str(choices["matmul"]))
     ensure_writable(cache_folder(config))
     digests = FileDigests(cache_folder(config) / "digests.json")
@@ -131,6 +135,7 @@ def make_run(
         weights_digest=weights_digest(config.model.path, digests),
         world_size=dist.world_size(),
         threads=torch.get_num_threads(),
+        device=device.type,
         choices=choices,
         reference_digest=weights_digest(reference_path, digests) if objective.needs_reference else "",
     )
@@ -181,33 +186,48 @@ def attach_reference(run: Run, path: str) -> None:
         run.reference_model = frozen_copy(config, path, impl)
         return
     dtype = str(numerics.COMPUTE_DTYPES[config.train.dtype]).removeprefix("torch.")
-    run.cache = open_cache(config, Header(run.manifest.reference_digest, dtype=dtype, kernel=impl))
+    header = Header(run.manifest.reference_digest, dtype=dtype, kernel=impl)
+    if run.model.attention_form != "blocks":
+        header = replace(header, attention=run.model.attention_form)
+    run.cache = open_cache(config, header)
     shard, used = run.loader.shard, run.loader.used_indices(run.total_steps)
     groups = [shard[index] for index in used] + list(run.eval_groups)
     fill_cache(run.cache, groups, config, run.model if run.starts_at_reference else None, path, impl)
 
 
-def measured_choices(config: Config) -> dict[str, object]:
+def attention_form(config: Config, device: torch.device) -> str:
+    """The form of attention on `device`. Raises ConfigError."""
+    try:
+        return choose_form(config.kernels.attention, device)
+    except ValueError as error:
+        raise ConfigError("kernels.attention", config.kernels.attention, str(error)) from None
+
+
+def measured_choices(config: Config, device: torch.device) -> dict[str, object]:
     """What is decided by measurement: made by rank 0, the same on all ranks, kept in the manifest, reused on resume."""
     try:
-        impl = resolve(config.kernels.impl)
+        impl = resolve(config.kernels.impl, device)
     except ValueError as error:
         raise ConfigError("kernels.impl", config.kernels.impl, str(error)) from None
     choices: dict[str, object] = {"impl": impl, "matmul": config.kernels.matmul}
     if config.kernels.matmul == "auto":
-        # only float32 GEMMs are affected: a bf16 run need not measure
-        needed = config.train.dtype == "float32" and dist.is_main()
+        # only float32 GEMMs are affected: a bf16 run need not measure. On a GPU "medium" rounds to about 10 bits.
+        needed = config.train.dtype == "float32" and device.type == "cpu" and dist.is_main()
         choices["matmul"] = choose_matmul_precision().precision if needed else "highest"
     return dist.broadcast_object(choices)
 
 
 def load_model(config: Config, impl: str, path: str | None = None) -> Decoder:
-    """A decoder ready for this run's arithmetic; float32 unless the run is pure bf16 (masters start from float32)."""
+    """A decoder on this rank's device, ready for the run's arithmetic; float32 unless the run is pure bf16 (masters
+    start from float32)."""
     dtype = torch.bfloat16 if config.train.dtype == "pure_bf16" else torch.float32
-    model = load_decoder(path or config.model.path, dtype=dtype)
+    device = dist.choose_device(config.run.device)
+    form = attention_form(config, device)
+    model = load_decoder(path or config.model.path, dtype=dtype).to(device)
     model.checkpoint_blocks = config.train.activation_checkpointing == "full"
     model.stash_logits = config.kernels.stash
     model.kernel_impl = impl
+    model.attention_form = form
     return model
 
 
@@ -264,7 +284,7 @@ def check_belongs(old: checkpoint.Manifest, new: checkpoint.Manifest, config: Co
     ):
         if getattr(old, name) != getattr(new, name):
             raise CheckpointError(folder, f"{changed} changed since this run began; restore it or set another run.dir")
-    for name in ("threads", "world_size"):
+    for name in ("threads", "world_size", "device"):
         if getattr(old, name) != getattr(new, name):
             before, now = getattr(old, name), getattr(new, name)
             say(f"note: {name} was {before}, is {now}: results agree up to rounding only")

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from data_tools.encode import Group
 from data_tools.shards import Shard
 from trainer import dist, numerics
@@ -26,20 +28,21 @@ def main(argv: list[str]) -> None:
     """Train as `argv` says, resume, or say that the run is finished. Raises UserError for what the user can mend."""
     config = load_config(argv)
     numerics.prepare_process()
+    device = dist.choose_device(config.run.device)
     shard, held_out = open_data(config)
     folder = Path(config.run.dir)
     if not dist.is_main():
-        _train(config, shard, held_out, None)
+        _train(config, device, shard, held_out, None)
         return
     ensure_writable(folder / CHECKPOINTS)
     with RunLock(folder):
         remove_leftovers(folder)
-        _train(config, shard, held_out, folder)
+        _train(config, device, shard, held_out, folder)
 
 
-def _train(config: Config, shard: Shard, held_out: Sequence[Group], folder: Path | None) -> None:
+def _train(config: Config, device: torch.device, shard: Shard, held_out: Sequence[Group], folder: Path | None) -> None:
     """`folder`: the run folder on the rank that writes there, None on the others."""
-    dist.start()
+    dist.start(device)
     try:
         resume_from = dist.broadcast_object(_resume_from(config) if folder is not None else None)
         run = make_run(config, shard, held_out, resume_from)
