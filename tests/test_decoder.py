@@ -6,6 +6,7 @@ import pytest
 import torch
 from model_fixtures import VOCABULARY, random_decoder, random_group, random_pairs, tiny_config
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_tools.encode import Group
@@ -14,6 +15,7 @@ from trainer.batch import build_stream
 from trainer.models import attention
 from trainer.models.decoder import Decoder, rope_frequencies
 from trainer.models.hf_weights import load_decoder
+from trainer.parallelize import PRODUCTS, recompute_activations
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -124,6 +126,16 @@ def test_llama3_frequencies_by_hand() -> None:
     assert rope_frequencies(between)[1].item() == pytest.approx(rate * (1 / 3 + 2 / 3 / 4), rel=1e-5)
 
 
+class CountProducts(TorchDispatchMode):
+    """Counts two-dimensional matrix products."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204 - torch's signature
+        self.number += function in PRODUCTS
+        return function(*args, **(kwargs or {}))
+
+
 def gradients(model: Decoder, groups: list[Group]) -> list[Tensor]:
     model.zero_grad()
     logps = model(build_stream(groups))
@@ -131,23 +143,26 @@ def gradients(model: Decoder, groups: list[Group]) -> list[Tensor]:
     return [logps.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
 
+@pytest.mark.parametrize("how", ["full", "every_2", "selective"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("whole_group", [128, 0])
 def test_activation_checkpointing_changes_no_bit(
-    dtype: torch.dtype, whole_group: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, whole_group: int, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "WHOLE_GROUP", whole_group)
     model, groups = random_decoder(tiny_config(tie_word_embeddings=True), dtype=dtype), random_pairs(4)
     plain = gradients(model, groups)
-    model.checkpoint_blocks = True
+    recompute_activations(model, how)
     for before, after in zip(plain, gradients(model, groups), strict=True):
         assert torch.equal(before, after)
 
 
 def test_activation_checkpointing_keeps_less() -> None:
-    model, groups = random_decoder(tiny_config()), random_pairs(4)
+    """Of four layers; what `selective` keeps itself does not pass through these hooks, so it is weighed below."""
+    model, groups = random_decoder(tiny_config(num_hidden_layers=4)), random_pairs(4)
     kept = {}
-    for model.checkpoint_blocks in (False, True):
+    for how in ("none", "every_2", "full"):
+        recompute_activations(model, how)
         sizes: list[int] = []
 
         def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
@@ -157,8 +172,24 @@ def test_activation_checkpointing_keeps_less() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(build_stream(groups))
-        kept[model.checkpoint_blocks] = sum(sizes)
-    assert kept[True] < kept[False] / 2
+        kept[how] = sum(sizes)
+    assert kept["full"] < 0.35 * kept["none"]
+    assert kept["full"] < 0.7 * kept["every_2"] < 0.5 * kept["none"]
+
+
+def test_selective_checkpointing_runs_wide_products_again_and_narrow_ones_once() -> None:
+    """Seven products a layer; gate and up are wider than the model (96 against 64)."""
+    counts = {}
+    for how in ("none", "selective", "full"):
+        model, groups = random_decoder(tiny_config()), random_pairs(4)
+        recompute_activations(model, how)
+        logps = model(build_stream(groups))
+        with CountProducts() as counter:
+            logps.sum().backward()
+        counts[how] = counter.number
+    layers = len(model.layers)
+    assert counts["selective"] - counts["none"] == 2 * layers
+    assert counts["full"] - counts["none"] == 7 * layers
 
 
 def test_stashed_logits_and_plain_kernels_agree() -> None:

@@ -26,7 +26,9 @@ LIBRARIES_OF = {
     "trainer": LIBRARIES,
     "eval": LIBRARIES,
 }
-OPTIONAL = {"httpx", "matplotlib", "tensorboard", "triton", "torch.utils.tensorboard"}
+SLOW = {"torch.distributed.fsdp"}
+"""Imported where they are used: they take most of a second, and a run on one rank does without."""
+OPTIONAL = {"httpx", "matplotlib", "tensorboard", "triton", "torch.utils.tensorboard"} | SLOW
 """Imported inside the function that needs them, since they may not be installed."""
 COLLECTIVES_IN = {"trainer/dist.py"}
 SHARDING_MODULES = ("checkpoint", "device_mesh", "fsdp", "tensor")
@@ -151,7 +153,7 @@ def test_each_rule_bites(path: str, text: str, problem: str) -> None:
         ("kernels/x.py", "import math\nimport torch\nfrom kernels.reference import rms_norm"),
         ("kernels/dispatch.py", "def f():\n    from kernels.rms_norm_triton import rms_norm"),
         ("trainer/dist.py", "import torch.distributed as dist"),
-        ("trainer/x.py", "from torch.distributed.fsdp import fully_shard\nfrom data_tools.schema import Record"),
+        ("trainer/x.py", "from data_tools.schema import Record\ndef f():\n    from torch.distributed.fsdp import FSDPModule"),
         ("trainer/x.py", "def f():\n    import matplotlib.pyplot as plt"),
         ("data_tools/x.py", "import numpy\ndef f():\n    import httpx"),
     ],

@@ -5,12 +5,12 @@ Letters: T tokens of the stream, N scored tokens, D width, V vocabulary, H query
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels.linear_logps import linear_logps
 from kernels.rms_norm import add_rms_norm
@@ -75,9 +75,17 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.recompute: Callable | None = None
+        """Runs a function so that the backward pass computes it again (trainer.parallelize); None: keep activations."""
 
     def forward(self, x_TD: Tensor, added_TD: Tensor | None, shared: "SharedByLayers") -> tuple[Tensor, Tensor]:
         """The residual stream is x + added, in and out: the sum is left to the norm that reads it next."""
+        if self.recompute is None or not torch.is_grad_enabled():
+            return self._run(x_TD, added_TD, shared)
+        # one tensor is kept for each block, not two
+        return self.recompute(self._run, _sum(x_TD, added_TD), None, shared)
+
+    def _run(self, x_TD: Tensor, added_TD: Tensor | None, shared: "SharedByLayers") -> tuple[Tensor, Tensor]:
         x_TD, normed_TD = self.input_layernorm(x_TD, added_TD, shared.impl)
         x_TD, normed_TD = self.post_attention_layernorm(x_TD, self.self_attn(normed_TD, shared), shared.impl)
         return x_TD, self.mlp(normed_TD, shared.impl)
@@ -114,7 +122,6 @@ class Decoder(nn.Module):
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
-        self.checkpoint_blocks = False
         self.stash_logits = False
         self.kernel_impl = "auto"
         self.attention_form = "auto"
@@ -133,11 +140,7 @@ class Decoder(nn.Module):
         shared = SharedByLayers(stream, self.config, self.kernel_impl, self.attention_form, dtype)
         x_TD, added_TD = self.embed_tokens(_padded(stream.tokens)), None
         for layer in self.layers:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x_TD = _sum(x_TD, added_TD)  # one tensor is kept for each block, not two
-                x_TD, added_TD = checkpoint(layer, x_TD, None, shared, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_TD, added_TD = layer(x_TD, added_TD, shared)
+            x_TD, added_TD = layer(x_TD, added_TD, shared)
         x_TD = _sum(x_TD, added_TD)
         if output == "logps":
             _, hidden_ND = self.norm(x_TD.index_select(0, _padded(stream.score_index)), None, self.kernel_impl)
