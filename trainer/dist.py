@@ -3,6 +3,7 @@ process group."""
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
@@ -11,6 +12,8 @@ from torch import Tensor
 from trainer.errors import ConfigError
 
 LAUNCHER = os.getppid()
+TIMEOUT_S = 600.0
+"""How long a rank waits for another one, in seconds, unless `start` is told otherwise."""
 
 
 def rank() -> int:
@@ -48,13 +51,44 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", index)
 
 
-def start(device: torch.device) -> None:
+def start(device: torch.device, timeout_s: float = TIMEOUT_S) -> None:
     """Make `device` this process's GPU, if it is one, and join the process group when there is more than one rank:
-    NCCL for tensors on a GPU, gloo for those in CPU memory and for objects."""
+    NCCL for tensors on a GPU, gloo for those in CPU memory and for objects. A rank that lets the others wait for
+    `timeout_s` is given up (`lost_rank`)."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size() > 1 and not torch_dist.is_initialized():
-        torch_dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if world_size() == 1 or torch_dist.is_initialized():
+        return
+    # torchrun keeps one store over all its restarts; the prefix keeps the keys of an attempt that died out of the next
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    serves = is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    patience, address = timedelta(seconds=timeout_s), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = torch_dist.TCPStore(*address, is_master=serves, timeout=patience, wait_for_workers=False)
+    torch_dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=torch_dist.PrefixStore(f"attempt{attempt}", store),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=patience,
+    )
+
+
+def side_group(timeout_s: float = TIMEOUT_S) -> "torch_dist.ProcessGroup | None":
+    """A gloo group of all ranks beside the main one, so that a background thread can talk while training goes on; None
+    in a world of one. Every rank must ask for it at the same point."""
+    if not torch_dist.is_initialized():
+        return None
+    return torch_dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def lost_rank(error: Exception) -> str | None:
+    """What an exception out of a collective says about the other ranks; None when it is about something else."""
+    text = str(error)
+    if not isinstance(error, torch_dist.DistError) and not (isinstance(error, RuntimeError) and "/gloo/" in text):
+        return None
+    if "imed out" in text or "imeout" in text:
+        return "another rank did not answer within dist.timeout_s"
+    return "another rank has ended or cannot be reached"
 
 
 def stop() -> None:
@@ -67,12 +101,12 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
-def broadcast_object(value: object) -> object:
-    """Rank 0's value on every rank."""
+def broadcast_object(value: object, group: "torch_dist.ProcessGroup | None" = None) -> object:
+    """Rank 0's value on every rank. group: the main one, or a `side_group`."""
     if not torch_dist.is_initialized():
         return value
     box = [value]
-    torch_dist.broadcast_object_list(box, src=0)
+    torch_dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
@@ -102,15 +136,20 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
             torch_dist.all_reduce(parameter.grad)
 
 
-def gather_objects(value: object) -> list:
-    """Every rank's value, in rank order, on every rank."""
+def gather_objects(value: object, group: "torch_dist.ProcessGroup | None" = None) -> list:
+    """Every rank's value, in rank order, on every rank. group: the main one, or a `side_group`."""
     if not torch_dist.is_initialized():
         return [value]
     gathered: list = [None] * world_size()
-    torch_dist.all_gather_object(gathered, value)
+    torch_dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
-def first_failure(message: str | None) -> str | None:
+def first_failure(message: str | None, group: "torch_dist.ProcessGroup | None" = None) -> str | None:
     """The message of the lowest rank that has one; None when no rank has. So all ranks stop together."""
-    return next((text for text in gather_objects(message) if text is not None), None)
+    return next((text for text in gather_objects(message, group) if text is not None), None)
+
+
+def any_rank(flag: bool) -> bool:
+    """Is it so on at least one rank?"""
+    return any(gather_objects(flag))
