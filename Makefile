@@ -18,7 +18,7 @@ RUN := runs/quickstart
 # Threads that wait for work must not spin: on few cores they take the time of those that have some.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help train test test-long lint clean
+.PHONY: help train test test-long test-gpu lint clean
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -34,6 +34,9 @@ test: $(VENV)/test.stamp  ## run the tests that take seconds (a few minutes in a
 
 test-long: $(VENV)/test.stamp  ## run the tests that take minutes
 	$(BIN)/python -m pytest -q -m long -rs
+
+test-gpu: $(VENV)/test.stamp  ## run the tests that need a GPU; all are skipped where there is none
+	$(BIN)/python -m pytest -q -m gpu -rs
 
 lint: $(VENV)/test.stamp  ## ruff and mypy
 	$(BIN)/ruff check .
