@@ -1,4 +1,4 @@
-"""Log-probabilities of target tokens from hidden states, forward and backward, without an (N, V) matrix.
+"""The CPU path of `linear_logps`: PyTorch operators in an order that needs no (N, V) matrix. They run on any device.
 
 The vocabulary is walked in slabs of columns, so each slab's part of the head's gradient is one product, written once,
 in a fixed order. What is computed of a slab is
@@ -8,21 +8,23 @@ in a fixed order. What is computed of a slab is
 so that logp = -log(1 + sum(exps) * exp(center - target_logit)): never positive, and exact for a token that the model
 is sure of. `center` is subtracted inside the product, before its result is rounded: as bfloat16, a logit of 20 is
 wrong by up to 0.06, while its distance to the row's largest logit is small where it matters. A row's center starts at
-its target's logit and is raised when a slab shows that it lies too low (`_Sums.raise_centers`).
+its target's logit and is raised when a slab shows that it lies too low (`_Sums.raise_centers`). With a softcap the
+logit is not the product, which then is rounded as plain PyTorch rounds it.
 
 Four ways to the gradient, counted in products of 2*N*D*V floating-point operations:
     recompute       4   forward, the slab once more, and two products with it
     stash           3   `exps` of every slab is kept, in the weight's dtype: N*V numbers
     frozen head     2   the gradient by `hidden` is summed up in the forward, as attention sums its output
     no gradient     1
-Not here: a batch axis, masks, sums over tokens. Derived for this project; the running rescale is that of Milakov and
-Gimelshein 2018 (online softmax).
+Not here: checks of the inputs (`linear_logps`), collectives. Derived for this project; the running rescale is that of
+Milakov and Gimelshein 2018 (online softmax).
 
-Letters: N scored tokens, D width, V vocabulary, B columns of a slab. Sums, and every (N,) number of the forward, are
-float32 (float64 for float64 inputs).
+Letters: N scored tokens, D width, V vocabulary, B columns of a slab. "wide": float32, float64 for float64 inputs, the
+dtype of a slab while it is worked on, of sums, and of every (N,) number of the forward.
 """
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.head import HeadOptions, LinearLogps
+from kernels.head import HeadOptions, LinearLogps, Partials
 from kernels.reference import compute_dtype
 
 LOG2E = math.log2(math.e)
@@ -58,6 +60,7 @@ class _Slab(NamedTuple):
 
 
 def _cut_slabs(targets: Tensor, vocabulary: int) -> list[_Slab]:
+    """Targets outside [0, vocabulary) are in no slab."""
     ordered, order = torch.sort(targets, stable=True)
     edges = [*range(0, vocabulary, SLAB_COLUMNS), vocabulary]
     firsts = torch.searchsorted(ordered, torch.tensor(edges, device=targets.device)).tolist()
@@ -79,95 +82,167 @@ def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).to(values.dtype)
 
 
-def _centered_logits(hidden: Tensor, part: Tensor, center: Tensor, out: Tensor) -> Tensor:
-    """hidden @ part.T - center into `out`: (N, D), (B, D), (N,) -> (N, B)."""
-    column = center[:, None].to(out.dtype)
-    if out.dtype == torch.bfloat16:
-        return torch.addmm(-column, hidden, part.T, out=out)
-    # in wider dtypes subtracting afterwards is as exact, and faster
-    return torch.mm(hidden, part.T, out=out).sub_(column)
-
-
 def _exp_(logits: Tensor) -> Tensor:
     """exp, in place."""
-    if logits.dtype == torch.bfloat16:
-        return logits.exp_()
     return logits.mul_(LOG2E).exp2_()  # half the time of exp_ on a CPU
 
 
-class _Sums:
-    """What the forward carries from slab to slab, a row of `hidden` each.
+class _Head:
+    """hidden (N, D), weight (V, D), bias (V,) or None and the softcap: what the logits are made of; and room to work.
 
-    center (N,): see the module; representable in the inputs' dtype. others (N,): sum of exp(logit - center) over all
-    tokens but the target. weighted (N, D) or None: sum of exp(logit - center) * weight[v] over the same.
+    The scale is in `hidden` already.
     """
 
-    def __init__(self, hidden: Tensor, target_logits: Tensor, *, stash: bool, with_weighted: bool) -> None:
-        self.hidden = hidden
-        self.center = _rounded(target_logits, hidden.dtype)
-        self.others = torch.zeros_like(target_logits)
-        self.weighted = torch.zeros_like(hidden, dtype=target_logits.dtype) if with_weighted else None
-        self.exps_are_used = stash or with_weighted
-        self.scratch = torch.empty(0, dtype=target_logits.dtype, device=hidden.device)
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+        self.hidden, self.weight, self.softcap = hidden, weight, softcap
+        self.wide = compute_dtype(hidden.dtype)
+        self.bias = None if bias is None else bias.to(self.wide)
+        self.center_in_product = hidden.dtype != self.wide and softcap is None
+        # then the bias has to be in the product too: one more column of `weight`, and of `hidden` one of ones
+        self.left = hidden if bias is None or not self.center_in_product else F.pad(hidden, (0, 1), value=1.0)
+        self.scratch = hidden.new_empty(0, dtype=self.wide)
 
-    def add(self, part: Tensor, slab: _Slab, exps: Tensor) -> None:
-        """Add up the slab with weights `part` (B, D). `exps` (N, B) is room to work in, and holds them where used."""
-        _centered_logits(self.hidden, part, self.center, exps)
-        wide = _exp_(self._widened(exps))
-        sums = self._sum_without_targets(wide, slab)
+    def part(self, slab: _Slab) -> Tensor:
+        return self.weight[slab.start : slab.stop]
+
+    def target_logits(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits at `targets`, (N,) wide, and the weights they come from, (N, D)."""
+        weights = self.weight.index_select(0, targets)
+        logits = (self.hidden.to(self.wide) * weights).sum(1)
+        return self._finish(logits, None if self.bias is None else self.bias.index_select(0, targets)), weights
+
+    def centered_logits(self, slab: _Slab, center: Tensor, product: Tensor, rows: Tensor | None = None) -> Tensor:
+        """logits - center of a slab, (N, B) wide; of all rows, or of `rows` (K,), whose centers are `center` (K,).
+
+        product (N, B), in the inputs' dtype, is written over; where that dtype is wide, it is what is returned.
+        """
+        left, part, column = self.left if rows is None else self.left[rows], self.part(slab), center[:, None]
+        bias = None if self.bias is None else self.bias[slab.start : slab.stop]
+        if self.center_in_product:
+            right = part if bias is None else torch.cat((part, bias.to(part.dtype)[:, None]), 1)
+            torch.addmm(-column.to(product.dtype), left, right.T, out=product)
+            return self.widened(product) if rows is None else product.to(self.wide)
+        # in wide dtypes subtracting afterwards is as exact, and faster
+        torch.mm(left, part.T, out=product)
+        logits = self.widened(product) if rows is None else product.to(self.wide)
+        return self._finish(logits, bias).sub_(column)
+
+    def _finish(self, products: Tensor, bias: Tensor | None) -> Tensor:
+        """Bias and softcap, in place."""
+        if bias is not None:
+            products += bias
+        return products if self.softcap is None else products.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, logits: Tensor) -> Tensor:
+        """The derivative of capped logits by uncapped ones: the derivative of tanh is 1 - tanh^2."""
+        return logits.div(self.softcap).square_().neg_().add_(1.0)
+
+    def widened(self, values: Tensor) -> Tensor:
+        """`values` wide: themselves, or a copy in a scratch matrix that is made once."""
+        if values.dtype == self.wide:
+            return values
+        if len(self.scratch) < values.numel():
+            self.scratch = self.scratch.new_empty(values.numel())
+        return self.scratch[: values.numel()].view(values.shape).copy_(values)
+
+
+class _Sums:
+    """What the forward carries from slab to slab, (N,) unless said otherwise; None where it is not asked for.
+
+    center: see the module. others: sum of exp(logit - center) over all tokens but the target. weighted (N, D): sum of
+    exp(logit - center) * slope * weight[v] over the same. moment: sum of exp(logit - center) * (logit - center) over
+    the same. top, seen: the largest logit, and the target's, both as the products gave them.
+    """
+
+    def __init__(self, head: _Head, target_logits: Tensor, options: HeadOptions, *, with_weighted: bool) -> None:
+        self.head = head
+        self.center = _rounded(target_logits, head.hidden.dtype)
+        self.others = torch.zeros_like(target_logits)
+        self.weighted = torch.zeros_like(head.hidden, dtype=head.wide) if with_weighted else None
+        self.moment = torch.zeros_like(target_logits) if options.with_entropy else None
+        self.top = torch.full_like(target_logits, -torch.inf) if options.with_argmax else None
+        self.seen = torch.zeros_like(target_logits)
+        self.exps_are_used = options.stash or with_weighted
+
+    def add(self, slab: _Slab, exps: Tensor) -> None:
+        """Add up a slab. exps (N, B), in the inputs' dtype: room to work in; holds exp * slope then, if used."""
+        values = self.head.centered_logits(slab, self.center, exps)
+        if self.top is not None:
+            torch.maximum(self.top, values.amax(1) + self.center, out=self.top)
+            self.seen[slab.rows] = values[slab.rows, slab.columns] + self.center[slab.rows]
+        logits = values.clone() if self.moment is not None else None
+        slope = None
+        if self.exps_are_used and self.head.softcap is not None:
+            slope = self.head.slope(values + self.center[:, None])
+        sums = self._sum_without_targets(_exp_(values), slab)
         high = (sums > RAISE_ABOVE[exps.dtype]).nonzero().squeeze(1)
         if len(high):
-            self._raise_centers(high, sums[high], part)
-            again = exps.new_empty(len(high), len(part))
-            _centered_logits(self.hidden[high], part, self.center[high], again)
-            wide[high] = _exp_(again.to(wide.dtype))
-            sums = self._sum_without_targets(wide, slab)
+            again = self._raise_centers(high, sums[high], slab)
+            if logits is not None:
+                logits[high] = again
+            values[high] = _exp_(again)
+            sums = self._sum_without_targets(values, slab)
         self.others += sums
-        if self.exps_are_used and wide is not exps:
-            exps.copy_(wide)
+        if logits is not None:
+            self.moment += logits.mul_(values).sum(1)
+        if not self.exps_are_used:
+            return
+        if slope is not None:
+            values *= slope
+        if values is not exps:
+            exps.copy_(values)
         if self.weighted is not None:
-            self.weighted += exps @ part
-
-    def _widened(self, logits: Tensor) -> Tensor:
-        """`logits` in the dtype of sums: itself, or a copy in a scratch matrix that is made once."""
-        if logits.dtype == self.scratch.dtype:
-            return logits
-        if len(self.scratch) < logits.numel():
-            self.scratch = self.scratch.new_empty(logits.numel())
-        return self.scratch[: logits.numel()].view(logits.shape).copy_(logits)
+            self.weighted += exps @ self.head.part(slab)
 
     def _sum_without_targets(self, exps: Tensor, slab: _Slab) -> Tensor:
         exps[slab.rows, slab.columns] = 0.0
         return exps.sum(1)
 
-    def _raise_centers(self, rows: Tensor, sums: Tensor, part: Tensor) -> None:
-        """Move the centers of `rows` (K,) up by the log of the slab's `sums` (K,); if that is inf, to its top logit."""
+    def _raise_centers(self, rows: Tensor, sums: Tensor, slab: _Slab) -> Tensor:
+        """Move the centers of `rows` (K,) up by the log of the slab's `sums` (K,); if that is inf, to its top logit.
+
+        Returns the rows' logits minus the new centers, (K, B).
+        """
+        product = self.head.hidden.new_empty(len(rows), slab.stop - slab.start)
         old = self.center[rows]
-        new = old + sums.log()
+        step = sums.log()
         if not torch.isfinite(sums).all():
-            logits = self.hidden[rows].to(old.dtype) @ part.to(old.dtype).T
-            new = torch.where(torch.isfinite(sums), new, logits.amax(1))
-        new = _rounded(new, self.hidden.dtype)
+            tops = self.head.centered_logits(slab, old, product, rows).amax(1)
+            step = torch.where(torch.isfinite(sums), step, tops)
+        new = _rounded(old + step, product.dtype)
         scale = torch.exp(old - new)
         # a new tensor, because the stash remembers the old centers
         self.center = self.center.index_copy(0, rows, new)
+        if self.moment is not None:
+            self.moment[rows] = scale * (self.moment[rows] + (old - new) * self.others[rows])
         self.others[rows] *= scale
         if self.weighted is not None:
             self.weighted[rows] *= scale[:, None]
+        return self.head.centered_logits(slab, new, product, rows)
 
     def logps(self, target_logits: Tensor) -> Tensor:
         """(N,): minus the softplus of the log-odds of all other tokens against the target."""
         log_odds = self.others.log() + (self.center - target_logits)
         return -F.softplus(log_odds, threshold=40.0)  # the default, 20, is not exact enough for float64
 
-    def normaliser(self, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The log of a row's sum of exponentials (N,), and what was lost (N,) by rounding it to one number.
+    def total(self, target_logits: Tensor) -> Tensor:
+        """The sum of exp(logit - center), the target's too where its logit is not -inf."""
+        return self.others + torch.exp(target_logits - self.center)
 
-        A logit of 300 minus a normaliser of 300 is off by 3e-5 in float32, and so would every gradient be.
-        """
-        total = self.others + torch.exp(target_logits - self.center)
-        log_total = self.center + total.log()
-        return log_total, (total * torch.exp(self.center - log_total)).log()
+    def entropy(self, target_logits: Tensor) -> Tensor | None:
+        if self.moment is None:
+            return None
+        total, above = self.total(target_logits), target_logits - self.center
+        return total.log() - (self.moment + above.exp() * above) / total
+
+
+def _normaliser(center: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """The log of a row's sum of exponentials (N,), and what was lost (N,) by rounding it to one number.
+
+    A logit of 300 minus a normaliser of 300 is off by 3e-5 in float32, and so would every gradient be.
+    """
+    log_total = center + total.log()
+    return log_total, (total * torch.exp(center - log_total)).log()
 
 
 def _gap(center: Tensor, normaliser: tuple[Tensor, Tensor]) -> Tensor:
@@ -175,77 +250,129 @@ def _gap(center: Tensor, normaliser: tuple[Tensor, Tensor]) -> Tensor:
     return (center - normaliser[0] - normaliser[1]).clamp(min=LOWEST_GAP)
 
 
-def _put_target_entries(exps: Tensor, slab: _Slab, logps: Tensor, gap: Tensor) -> None:
-    """Write the targets' entries, so that exps * exp(gap) is probability - onehot, minus the gradient by the logits.
+def _put_target_entries(exps: Tensor, slab: _Slab, pull: Tensor, gap: Tensor) -> None:
+    """Write the targets' entries, so that exps * exp(gap) is minus the gradient of a log-probability by the product.
 
-    p - 1 comes from logp through expm1: as a difference of rounded numbers it would be lost for an almost sure token.
+    pull (N,): that gradient at the target.
     """
     rows = slab.rows
-    exps[rows, slab.columns] = (torch.expm1(logps[rows]) * torch.exp(-gap[rows])).to(exps.dtype)
+    exps[rows, slab.columns] = (-pull[rows] * torch.exp(-gap[rows])).to(exps.dtype)
 
 
 class _LinearLogps(torch.autograd.Function):
     """Which way the gradient is found follows from `stash` and from which inputs ask for one (see the module)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, stash: bool, grad_enabled: bool) -> Tensor:
-        by_hidden, by_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        stash = stash and by_weight
-        rows = len(hidden)
-        target_weight = weight.index_select(0, targets)
-        target_logits = (hidden.to(compute_dtype(hidden.dtype)) * target_weight).sum(1)
-        sums = _Sums(hidden, target_logits, stash=stash, with_weighted=by_hidden and not by_weight)
-        slabs = _cut_slabs(targets, len(weight))
-        buffer = hidden.new_empty(rows * (len(weight) if stash else min(SLAB_COLUMNS, len(weight))))
-        ctx.centers = []
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        columns: Tensor,
+        options: HeadOptions,
+        grad_enabled: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """columns (N,): the targets' rows in `weight`; outside [0, V) where they lie in another part.
+
+        Returns logps, entropy and argmax_hit; without gradient, where there is no `combine`, a part's partials.
+        """
+        by_hidden, by_weight, by_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        in_backward = by_weight or by_bias
+        stash = options.stash and in_backward
+        head = _Head(hidden, weight, bias, options.softcap)
+        inside = (columns >= 0) & (columns < len(weight))
+        # a row without its target here starts at the logit of some token that is
+        first_logits, first_weights = head.target_logits(columns.clamp(0, len(weight) - 1))
+        target_logits = first_logits.masked_fill(~inside, -torch.inf)
+        with_weighted = by_hidden and not in_backward
+        sums = _Sums(head, first_logits, replace(options, stash=stash), with_weighted=with_weighted)
+        slabs = _cut_slabs(columns, len(weight))
+        buffer = hidden.new_empty(len(hidden) * (len(weight) if stash else min(SLAB_COLUMNS, len(weight))))
+        centers = []
         for slab in slabs:
-            sums.add(weight[slab.start : slab.stop], slab, _slab_of(buffer, rows, slab, whole=stash))
-            ctx.centers.append(sums.center)
-        logps, normaliser = sums.logps(target_logits), sums.normaliser(target_logits)
+            sums.add(slab, _slab_of(buffer, len(hidden), slab, whole=stash))
+            centers.append(sums.center)
+        if options.vocab_start is None:
+            logps, normaliser = sums.logps(target_logits), _normaliser(sums.center, sums.total(target_logits))
+        else:
+            partials = sums.center, sums.total(target_logits), target_logits
+            if options.combine is None:
+                return partials
+            center, total, whole_target_logits = options.combine(*partials)
+            normaliser = _normaliser(center, total)
+            logps = whole_target_logits - normaliser[0] - normaliser[1]
+        # 1 - p comes from logp through expm1: as a difference of rounded numbers it would be lost for an almost sure
+        # token
+        pull = -torch.expm1(logps)
+        if options.softcap is not None:
+            pull = pull * head.slope(first_logits)
         if stash:
-            for slab, center in zip(slabs, ctx.centers, strict=True):
-                _put_target_entries(_slab_of(buffer, rows, slab, whole=True), slab, logps, _gap(center, normaliser))
-        if by_weight:
-            ctx.save_for_backward(hidden, weight, targets, logps, *normaliser, buffer if stash else None)
+            for slab, center in zip(slabs, centers, strict=True):
+                exps = _slab_of(buffer, len(hidden), slab, whole=True)
+                _put_target_entries(exps, slab, pull, _gap(center, normaliser))
+        if in_backward:
+            ctx.softcap, ctx.centers = options.softcap, centers
+            ctx.save_for_backward(hidden, weight, bias, columns, pull, *normaliser, buffer if stash else None)
         elif by_hidden:
             ctx.hidden_dtype = hidden.dtype
-            scale = torch.exp(_gap(sums.center, normaliser))
-            ctx.save_for_backward(-torch.expm1(logps)[:, None] * target_weight - scale[:, None] * sums.weighted)
-        return logps
+            share = torch.exp(_gap(sums.center, normaliser))[:, None] * sums.weighted
+            ctx.save_for_backward((pull * inside)[:, None] * first_weights - share)
+        extras = sums.entropy(target_logits), None if sums.top is None else sums.seen >= sums.top
+        ctx.mark_non_differentiable(*(extra for extra in extras if extra is not None))
+        return logps, *extras
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[1]:
-            (by_hidden,) = ctx.saved_tensors
-            return (grad[:, None] * by_hidden).to(ctx.hidden_dtype), None, None, None, None
-        hidden, weight, targets, logps, *normaliser, stash = ctx.saved_tensors
-        rows = len(hidden)
-        grad_hidden = hidden.new_zeros(hidden.shape, dtype=logps.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight)
-        buffer = hidden.new_empty(rows * min(SLAB_COLUMNS, len(weight))) if stash is None else stash
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        by_hidden, by_weight, by_bias = ctx.needs_input_grad[:3]
+        if not (by_weight or by_bias):
+            (gradient,) = ctx.saved_tensors
+            return (grad[:, None] * gradient).to(ctx.hidden_dtype), None, None, None, None, None
+        hidden, weight, bias, columns, pull, *normaliser, stash = ctx.saved_tensors
+        head = _Head(hidden, weight, bias, ctx.softcap)
+        grad_hidden = torch.zeros_like(hidden, dtype=head.wide) if by_hidden else None
+        grad_weight = torch.empty_like(weight) if by_weight else None
+        grad_bias = torch.empty_like(bias) if by_bias else None
+        buffer = hidden.new_empty(len(hidden) * min(SLAB_COLUMNS, len(weight))) if stash is None else stash
         center = _rounded(normaliser[0], hidden.dtype)
-        for index, slab in enumerate(_cut_slabs(targets, len(weight))):
-            part = weight[slab.start : slab.stop]
-            exps = _slab_of(buffer, rows, slab, whole=stash is not None)
+        for index, slab in enumerate(_cut_slabs(columns, len(weight))):
+            exps = _slab_of(buffer, len(hidden), slab, whole=stash is not None)
             if stash is None:
-                _exp_(_centered_logits(hidden, part, center, exps))
-                _put_target_entries(exps, slab, logps, _gap(center, normaliser))
+                _recompute(head, slab, center, exps, pull, _gap(center, normaliser))
             else:
                 center = ctx.centers[index]
             if stash is not None or index == 0:  # the factor belongs on exps, but (N, D) is the smaller matrix
-                factor = -(grad * torch.exp(_gap(center, normaliser)))[:, None]
-                scaled_hidden = (factor * hidden).to(weight.dtype)
-            torch.mm(exps.T, scaled_hidden, out=grad_weight[slab.start : slab.stop])
+                factor = -(grad * torch.exp(_gap(center, normaliser)))
+                scaled_hidden = (factor[:, None] * hidden).to(weight.dtype)
+            if grad_weight is not None:
+                torch.mm(exps.T, scaled_hidden, out=grad_weight[slab.start : slab.stop])
+            if grad_bias is not None:
+                grad_bias[slab.start : slab.stop] = head.widened(exps).T @ factor
             if grad_hidden is not None:
-                grad_hidden.addcmul_(factor, exps @ part)
-        return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+                grad_hidden.addcmul_(factor[:, None], exps @ head.part(slab))
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
 
 
-def run(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: HeadOptions) -> LinearLogps:
-    """The CPU path of `linear_logps`, whose inputs have been checked."""
+def _recompute(head: _Head, slab: _Slab, center: Tensor, exps: Tensor, pull: Tensor, gap: Tensor) -> None:
+    """Fill `exps` (N, B) with what the stash would hold of the slab, for these centers."""
+    values = head.centered_logits(slab, center, exps)
+    slope = None if head.softcap is None else head.slope(values + center[:, None])
+    _exp_(values)
+    if slope is not None:
+        values *= slope
+    if values is not exps:
+        exps.copy_(values)
+    _put_target_entries(exps, slab, pull, gap)
+
+
+def run(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: HeadOptions
+) -> LinearLogps | Partials:
+    """`linear_logps` as its docstring defines it, for inputs that have been checked."""
     if hidden.dtype not in RAISE_ABOVE:
         raise ValueError(f"linear_logps: the CPU path does not take {hidden.dtype}; use bfloat16 or float32")
-    if bias is not None or options != HeadOptions(stash=options.stash):
-        raise ValueError("linear_logps: the CPU path takes no option but stash; use impl='reference'")
-    return LinearLogps(_LinearLogps.apply(hidden.contiguous(), weight, targets, options.stash, torch.is_grad_enabled()))
+    if options.scale != 1.0:
+        hidden = hidden * options.scale  # autograd scales the gradient; the head's sees the scaled states
+    columns = targets - (options.vocab_start or 0)
+    found = _LinearLogps.apply(hidden.contiguous(), weight, bias, columns, options, torch.is_grad_enabled())
+    return found if options.vocab_start is not None and options.combine is None else LinearLogps(*found)

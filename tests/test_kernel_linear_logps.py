@@ -1,6 +1,6 @@
 """`linear_logps`: values and gradients against float64, every way to the gradient, memory, repeatability, errors.
 
-The measure: no worse than twice the error of plain PyTorch in the same dtype, plus a few roundings.
+The measure is that of `head_fixtures`. Options of the head are in test_kernel_linear_logps_options.py.
 """
 
 import math
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from head_fixtures import ROUNDING, WAYS, assert_as_good_as_plain, make_inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,8 +19,6 @@ from kernels import reference
 from kernels.linear_logps import linear_logps
 
 DTYPES = [torch.float32, torch.bfloat16]
-ROUNDING = {torch.float64: 2**-48, torch.float32: 2**-24, torch.bfloat16: 2**-8}
-WAYS = ["recompute", "stash", "frozen head", "frozen hidden"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,58 +29,6 @@ def narrow_slabs_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def make_inputs(rows: int, vocabulary: int, width: int, dtype: torch.dtype, *, spread: float = 3.0, seed: int = 0):
-    """Rows whose logits have about `spread` as standard deviation; in every other row the target is a likely token."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocabulary, width, generator=generator)
-    targets = torch.randint(vocabulary, (rows,), generator=generator)
-    hidden = torch.randn(rows, width, generator=generator) * spread / width**0.5
-    hidden[::2] += weight[targets[::2]] * 2 * spread / width
-    grad = torch.randn(rows, generator=generator)
-    return hidden.to(dtype), weight.to(dtype), targets, grad
-
-
-def run(
-    hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, way: str, impl: str = "cpu"
-) -> list[Tensor | None]:
-    """[logps, gradient by hidden, gradient by weight], a gradient being None where it is not asked for."""
-    hidden = hidden.clone().requires_grad_(way != "frozen hidden")
-    weight = weight.clone().requires_grad_(way != "frozen head")
-    logps = linear_logps(hidden, weight, targets, stash=way == "stash", impl=impl)
-    logps.backward(grad.to(logps.dtype))
-    return [logps.detach(), hidden.grad, weight.grad]
-
-
-def slack(hidden: Tensor, weight: Tensor, logps: Tensor, grad: Tensor) -> list[float]:
-    """What rounding may do to [logps, gradient by hidden, by weight] even where plain PyTorch is lucky.
-
-    A logit is rounded in proportion to its size, and a probability by as much, except in bfloat16, where only logits
-    near the row's center count. A gradient adds a few roundings of the largest numbers that are summed.
-    """
-    unit = ROUNDING[hidden.dtype]
-    biggest_logit = float((hidden.double() @ weight.double().T).abs().max())
-    if hidden.dtype == torch.bfloat16:
-        of_logps, of_gradients = 1.5 * unit, 4 * unit
-    else:
-        of_logps, of_gradients = 4 * unit * (biggest_logit + float(logps.abs().max())), 4 * unit * (1 + biggest_logit)
-    return [of_logps, *(of_gradients * float(grad.abs().max() * factor.abs().max()) for factor in (weight, hidden))]
-
-
-def assert_as_good_as_plain(hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, way: str) -> None:
-    truth = run(hidden.double(), weight.double(), targets, grad, way, impl="reference")
-    plain = run(hidden, weight, targets, grad, way, impl="reference")
-    ours = run(hidden, weight, targets, grad, way)
-    allowed = slack(hidden, weight, truth[0], grad)
-    names = ("logps", "by hidden", "by weight")
-    for name, exact, other, value, extra in zip(names, truth, plain, ours, allowed, strict=True):
-        if exact is None:
-            assert value is None, f"{way}: {name} was not asked for"
-            continue
-        error, baseline = float((value - exact).abs().max()), float((other - exact).abs().max())
-        shapes = f"{tuple(hidden.shape)} {tuple(weight.shape)}"
-        assert error <= 2 * baseline + extra, f"{way} {name}: {error=} {baseline=} {extra=} {shapes}"
 
 
 @pytest.mark.parametrize("way", WAYS)
