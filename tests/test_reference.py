@@ -21,8 +21,10 @@ from trainer.batch import build_stream
 from trainer.errors import RunError
 from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
-from trainer.reference import Header, ReferenceCache, row_key, score_rows, weights_digest
+from trainer.reference_cache import Header, ReferenceCache, row_key, weights_digest
+from trainer.reference_pass import plan_batches, score_batch
 
+CPU = torch.device("cpu")
 HEADER = Header(weights="w", dtype="float32", kernel="cpu")
 
 
@@ -40,7 +42,14 @@ def model(tiny_model_dir: Path) -> Decoder:
 
 @pytest.fixture(scope="module")
 def scored(model: Decoder, groups: list[Group]) -> dict[bytes, np.ndarray]:
-    return score_rows(model, groups, tokens_per_batch=500)
+    return score(model, groups, 500)
+
+
+def score(model: Decoder, groups: list[Group], budget: int) -> dict[bytes, np.ndarray]:
+    rows: dict[bytes, np.ndarray] = {}
+    for batch in plan_batches(groups, budget):
+        rows |= score_batch(model, batch, CPU)
+    return rows
 
 
 def group_of(prompt: list[int], *completions: list[int]) -> Group:
@@ -97,8 +106,8 @@ def test_scores_are_the_models_log_probs_whatever_the_batches(
     model: Decoder, groups: list[Group], scored: dict[bytes, np.ndarray]
 ) -> None:
     for other in (
-        score_rows(model, groups, tokens_per_batch=1),
-        score_rows(model, groups[::-1], tokens_per_batch=9999),
+        score(model, groups, 1),
+        score(model, groups[::-1], 9999),
     ):
         assert other.keys() == scored.keys() and len(other) == 2 * len(groups)
         for key, row in scored.items():
@@ -145,7 +154,7 @@ def test_a_file_gives_back_every_bit(file: Path, scored: dict[bytes, np.ndarray]
     before = file.stat().st_mtime_ns
     cache.save()
     assert file.stat().st_mtime_ns == before  # nothing new: not written
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert sorted(path.name for path in file.parent.iterdir()) == [file.name, f"{file.name}.lock"]
 
 
 def test_shuffled_cut_and_appended_data_find_their_rows(file: Path, groups: list[Group]) -> None:
@@ -209,7 +218,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, scored: dict[byt
     cache.path.mkdir()
     with pytest.raises(RunError, match="the reference cache cannot be written .*; set reference.cache_dir"):
         cache.save()
-    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.safetensors", "c.safetensors.lock"]
 
 
 # --- in runs ---------------------------------------------------------------------------------------------------------
@@ -277,7 +286,7 @@ def test_another_model_as_reference(tiny_model_dir: Path, tmp_path: Path, capsys
     records = read_records([OWN_PAIRS], kind="pair")
     template = load_chat_template(tiny_model_dir)
     groups = encode_records(records, load_tokenizer(tiny_model_dir), template, EncodeOptions())[0]
-    policy, reference = (score_rows(model, groups, tokens_per_batch=2000) for model in models)
+    policy, reference = (score(model, groups, 2000) for model in models)
     gaps = [
         sum(sign * float((policy[row_key(g, k)] - reference[row_key(g, k)]).sum()) for k, sign in ((1, 1), (2, -1)))
         for g in groups
@@ -294,8 +303,10 @@ def test_a_tampered_cache_is_caught_before_the_first_update(
     (path,) = (tmp_path / "cache").glob("*.safetensors")
     with safe_open(path, framework="np") as file:
         header = Header(**json.loads(file.metadata()["header"]))
-    cache = ReferenceCache.open(path, header, named_by_user=True)
-    cache.add({key: row + np.float32(0.001) for key, row in cache._rows.items()})
+    rows_there = ReferenceCache.open(path, header, named_by_user=True)._rows
+    path.unlink()
+    cache = ReferenceCache(path, header)
+    cache.add({key: row + np.float32(0.001) for key, row in rows_there.items()})
     cache.save()
     capsys.readouterr()
     assert run_here(arguments(tmp_path / "again", tiny_model_dir, f"reference.cache_dir={tmp_path / 'cache'}")) == 2

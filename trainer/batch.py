@@ -88,3 +88,9 @@ def build_stream(groups: Sequence[Group], *, score_prompt: bool = False) -> Stre
     parts = (tokens, positions, index, targets, segments, ranks)
     joined = [torch.from_numpy(np.concatenate(part).astype(np.int64)) for part in parts]
     return Stream(*joined, segment_tokens=torch.tensor(counts, dtype=torch.int64), layout=tuple(layout))
+
+
+def idle_stream() -> Stream:
+    """The smallest stream there is, one prompt token and one scored token, both id 0: for a rank without a batch, whose
+    forward pass must still run where all ranks gather the weights together."""
+    return build_stream([Group("idle", np.zeros(2, dtype=np.int32), (1, 1), ((), ((0, 1),)))])

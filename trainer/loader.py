@@ -1,7 +1,8 @@
 """From a shard and a step number to this rank's micro-batches. Holds no state besides what it was built from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -9,6 +10,8 @@ from data_tools.encode import Group
 from data_tools.grouping import cut_microbatches, num_batches, plan_batch
 from data_tools.shards import Shard
 from trainer import dist
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,12 @@ def length_sorted_batches(groups: Sequence[Group], budget: int) -> list[list[int
         return []
     tokens = [len(group.ids) for group in groups]
     return cut_microbatches(range(len(groups)), tokens, budget=budget, world_size=1, rank=0)
+
+
+def rounds(batches: Sequence[Batch]) -> Iterator[Batch | None]:
+    """This rank's batches, then None until every rank has had as many rounds; every rank iterates to the end.
+
+    Sharded weights are gathered by all ranks together, so a rank runs `batch.idle_stream` where it gets None.
+    """
+    for number in range(int(dist.max_over_ranks(len(batches)))):
+        yield batches[number] if number < len(batches) else None

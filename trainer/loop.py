@@ -27,7 +27,7 @@ from trainer.models.decoder import Decoder
 from trainer.numerics import STEP0_TOLERANCE
 from trainer.objective import Counts, Objective, group_weights
 from trainer.optim import AdamW, MasterWeights, clip_by_global_norm, learning_rate_at
-from trainer.reference import ReferenceCache
+from trainer.reference_cache import ReferenceCache
 
 
 @dataclass

@@ -1,189 +1,163 @@
-"""What the reference model says of each completion: float32 log-probs a scored token, scored once and kept on disk.
+"""Explain a file of reference log-probs: `python -m trainer.reference --check FILE [--model DIR [--data F ...]]`.
 
-A cache file belongs to one set of weights, dtype and way of computing (its header); a row belongs to its token ids and
-scored spans. So shuffling, subsetting or appending data keeps rows valid, other weights never match, and a row that is
-not there is computed, never read as 0.
+Says what the file's header means, how much is in it and whether it is whole. With --model: whether these weights made
+it. With --data too: how many of the rows' completions it holds; some of them are scored again and compared.
+Exit code 0 when all is well, 2 with one line when the file is damaged or belongs to something else.
 """
 
-import hashlib
-import json
-import os
+import argparse
+import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-from torch import Tensor
 
-from data_tools.encode import Group
+from data_tools.chat_template import load_chat_template
+from data_tools.encode import OVERLONG, EncodeOptions, Group, encode_records
 from data_tools.file_digests import FileDigests
-from trainer import dist
-from trainer.batch import Stream, build_stream
-from trainer.errors import RunError
-from trainer.loader import length_sorted_batches
+from data_tools.jsonl import read_records
+from data_tools.tokenizer import load_tokenizer
+from kernels.dispatch import resolve
+from trainer import dist, numerics
+from trainer.config_sections import DataConfig, section_defaults
+from trainer.entry import run_command
+from trainer.errors import RunError, UserError
+from trainer.models.attention_form import choose_form
+from trainer.models.config import ModelConfig
 from trainer.models.decoder import Decoder
-from trainer.models.hf_weights import weight_files
-from trainer.run_folder import ensure_writable
+from trainer.models.hf_weights import load_decoder
+from trainer.reference_cache import Header, differing_fields, read_cache_file, row_keys, weights_digest
+from trainer.reference_pass import score_batch
+from trainer.startup import check_vocabulary
 
-FORMAT = "logratio-reference-1"
+Rows = dict[bytes, np.ndarray]
 
-
-@dataclass(frozen=True)
-class Header:
-    """What cached numbers depend on besides the row itself. Another value of any field is another cache file."""
-
-    weights: str
-    """sha256 over the model's config.json and weight files."""
-    dtype: str
-    kernel: str
-    attention: str = "prefix-shared-1"
-    quantisation: str = "none"
-    format: str = FORMAT
-
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+MEANING = {
+    "weights": "sha256 of the model's config.json and weight files",
+    "dtype": "arithmetic of the model that scored",
+    "kernel": "implementation of the operators",
+    "attention": "form of attention",
+    "quantisation": "of the weights",
+    "format": "version of the file",
+}
 
 
-def weights_digest(folder: str | Path, digests: FileDigests) -> str:
-    """sha256 over config.json and every weight file; unchanged files are not read again."""
-    total = hashlib.sha256()
-    for path in [Path(folder) / "config.json", *weight_files(folder)]:
-        total.update(f"{path.name} {digests.sha256(path)}\n".encode())
-    return total.hexdigest()
+def main(argv: list[str]) -> None:
+    """The command; see the module's text."""
+    data = section_defaults(DataConfig)
+    parser = argparse.ArgumentParser(prog="python -m trainer.reference", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--check", required=True, type=Path, metavar="FILE", help="the cache file")
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face folder of the reference")
+    parser.add_argument("--data", nargs="+", metavar="F", help="JSON Lines files of pairs (.gz too)")
+    parser.add_argument("--max-length", type=int, default=data["max_length"], help="as data.max_length of the run")
+    parser.add_argument("--overlong", choices=OVERLONG, default=data["overlong"], help="as data.overlong of the run")
+    parser.add_argument("--chat-template", metavar="F", help="as data.chat_template of the run")
+    parser.add_argument("--rescore", type=int, default=4, metavar="N", help="rows to score again (default 4)")
+    args = parser.parse_args(argv)
+    if args.data and not args.model:
+        raise UserError("--data: the tokenizer is in the model's folder; give --model too")
+    header, rows = open_whole(args.check)
+    for line in describe(args.check, header, rows):
+        print(line)
+    if args.model:
+        check_weights(args.check, header, args.model)
+        print(f"model {args.model}: its weights made this file")
+    if args.data:
+        options = EncodeOptions("pair", args.max_length, args.overlong, args.chat_template)
+        held = find_held(read_groups(args.data, args.model, options), rows)
+        if held and args.rescore:
+            rescore(args.check, header, args.model, held[:: -(-len(held) // args.rescore)], rows)
 
 
-def row_key(group: Group, branch: int) -> bytes:
-    """sha256 of prompt ids, completion ids and scored spans of one completion."""
-    prompt_length = group.lengths[0]
-    start = sum(group.lengths[:branch])
-    completion = group.ids[start : start + group.lengths[branch]]
-    spans = group.spans[branch]
-    digest = hashlib.sha256(np.array([prompt_length, len(completion), len(spans)], dtype="<i4").tobytes())
-    digest.update(np.ascontiguousarray(group.ids[:prompt_length], dtype="<i4").tobytes())
-    digest.update(np.ascontiguousarray(completion, dtype="<i4").tobytes())
-    digest.update(np.array(spans, dtype="<i4").tobytes())
-    return digest.digest()
+def open_whole(path: Path) -> tuple[Header, Rows]:
+    """A cache file's header and rows. Raises RunError unless the file is whole and of this version's format."""
+    try:
+        fields, rows = read_cache_file(path)
+        return Header(**{name: str(value) for name, value in fields.items()}), rows
+    except (ValueError, TypeError) as error:
+        problem = "no such file" if not path.exists() else f"is not a whole reference cache ({error})"
+        raise RunError(path, f"{problem}; without it a run scores its rows again") from None
 
 
-class ReferenceCache:
-    """Rows of one cache file, in memory; `save` writes the file whole and renames it into place."""
-
-    def __init__(self, path: Path, header: Header) -> None:
-        self.path = path
-        self.header = header
-        self._rows: dict[bytes, np.ndarray] = {}
-        self._changed = False
-
-    @classmethod
-    def open(cls, path: Path, header: Header, *, named_by_user: bool) -> "ReferenceCache":
-        """Read `path` if it is there. A file that the user named and that belongs to something else is refused."""
-        cache = cls(path, header)
-        if not path.exists():
-            return cache
-        try:
-            found, (keys, offsets, logps) = _read(path)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            if named_by_user:
-                raise RunError(path, f"is not a whole reference cache ({error}); delete it or leave it out") from None
-            if dist.is_main():
-                print(f"reference cache {path} is damaged ({error}); its rows are scored again")
-            return cache
-        differing = [name for name, value in asdict(header).items() if found.get(name) != value]
-        if differing and named_by_user:
-            shown = ", ".join(f"{n} {found.get(n)!r} instead of {getattr(header, n)!r}" for n in differing)
-            raise RunError(path, f"is a reference cache of something else ({shown}); leave out reference.cache_file")
-        if not differing:
-            for index, key in enumerate(keys):
-                cache._rows[key.tobytes()] = logps[offsets[index] : offsets[index + 1]]
-        return cache
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def missing(self, groups: Sequence[Group]) -> list[Group]:
-        """Groups with at least one completion that is not cached; repeats are named once."""
-        wanted: dict[tuple[bytes, ...], Group] = {}
-        for group in groups:
-            keys = tuple(row_key(group, branch) for branch in range(1, len(group.lengths)))
-            if any(key not in self._rows for key in keys):
-                wanted.setdefault(keys, group)
-        return list(wanted.values())
-
-    def add(self, rows: dict[bytes, np.ndarray]) -> None:
-        self._rows.update(rows)
-        self._changed = self._changed or bool(rows)
-
-    def token_logps(self, groups: Sequence[Group], stream: Stream) -> Tensor:
-        """(N,) float32 in the order of `stream.score_targets`. A row that is absent or of another length is our bug."""
-        rows = [self._rows[row_key(group, branch)] for group in groups for branch in range(1, len(group.lengths))]
-        values = torch.from_numpy(np.concatenate(rows).astype(np.float32, copy=False)).to(stream.tokens.device)
-        assert values.numel() == stream.score_targets.numel(), "cached rows do not fit the stream"
-        return values
-
-    def save(self) -> None:
-        """Write the file if rows were added; a failure leaves the old file whole and raises RunError."""
-        if not self._changed:
-            return
-        ensure_writable(self.path.parent)
-        keys = sorted(self._rows)
-        lengths = [len(self._rows[key]) for key in keys]
-        tensors = {
-            "keys": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32),
-            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            "token_logps": np.concatenate([self._rows[key] for key in keys]).astype(np.float32),
-        }
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        try:
-            header = json.dumps(asdict(self.header), sort_keys=True)
-            save_file(tensors, temporary, metadata={"header": header, "sha256": _checksum(*tensors.values())})
-            os.replace(temporary, self.path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise RunError(
-                self.path, f"the reference cache cannot be written ({error}); set reference.cache_dir"
-            ) from None
-        self._changed = False
+def describe(path: Path, header: Header, rows: Rows) -> list[str]:
+    """What a whole file is and holds, in lines of text."""
+    lengths = np.array([len(row) for row in rows.values()], dtype=np.int64)
+    total = float(sum(row.sum(dtype=np.float64) for row in rows.values()))
+    bad = sum(not np.isfinite(row).all() for row in rows.values())
+    tokens = int(lengths.sum())
+    return [
+        f"{path}: reference log-probs, float32 nats a scored token",
+        *(f"  {name:13}{value}  ({MEANING[name]})" for name, value in vars(header).items()),
+        f"  {'completions':13}{len(rows)}, of them with non-finite numbers: {bad}",
+        f"  {'tokens':13}{tokens}, longest {lengths.max(initial=0)}, mean log-prob {total / max(1, tokens):.4f}",
+        f"  {'size':13}{path.stat().st_size / 2**20:.1f} MiB, checksum right",
+    ]
 
 
-def _read(path: Path) -> tuple[dict[str, object], list[np.ndarray]]:
-    """Header and the tensors keys, offsets and token_logps of a cache file; raises what damage of any kind raises."""
-    with safe_open(path, framework="np") as file:
-        metadata = file.metadata() or {}
-        tensors = [file.get_tensor(name) for name in ("keys", "offsets", "token_logps")]
-    if metadata["sha256"] != _checksum(*tensors):
-        raise ValueError("its numbers differ from their sha256")
-    return dict(json.loads(metadata["header"])), tensors
+def check_weights(path: Path, header: Header, model_dir: str) -> None:
+    """Raise RunError, naming the fields that differ, unless the weights in `model_dir` made the file."""
+    with tempfile.TemporaryDirectory() as memo:  # digests are not remembered: a check reads the weights themselves
+        digest = weights_digest(model_dir, FileDigests(Path(memo) / "digests.json"))
+    # dtype, kernel and attention are the run's choice, not the folder's
+    wanted = Header(digest, dtype=header.dtype, kernel=header.kernel, attention=header.attention)
+    if differing := differing_fields(vars(header), wanted):
+        raise RunError(path, f"does not belong to {model_dir} ({differing}); a run with this model leaves it alone")
 
 
-def _checksum(*tensors: np.ndarray) -> str:
-    """sha256 over the tensors' bytes: a flipped bit in a log-prob would bias the training without a sign of it."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        total.update(np.ascontiguousarray(tensor).data)
-    return total.hexdigest()
+def read_groups(files: Sequence[str], model_dir: str, options: EncodeOptions) -> list[Group]:
+    """The pairs of `files` as a run encodes them; prints what became of the rows. Raises UserError."""
+    template = load_chat_template(model_dir, options.chat_template)
+    records = read_records(files, kind="pair")
+    groups, report = encode_records(records, load_tokenizer(model_dir), template, options)
+    for line in report.lines():
+        print(f"  {line}")
+    if groups:
+        check_vocabulary(groups, ModelConfig.from_folder(model_dir), model_dir)
+    return groups
 
 
-@torch.no_grad()
-def score_rows(model: Decoder, groups: Sequence[Group], *, tokens_per_batch: int) -> dict[bytes, np.ndarray]:
-    """Float32 log-probs of every scored completion token, by row key; this rank scores its share, all ranks get all."""
-    mine = list(groups)[dist.rank() :: dist.world_size()]
-    rows: dict[bytes, np.ndarray] = {}
-    for batch in length_sorted_batches(mine, tokens_per_batch):
-        members = [mine[index] for index in batch]
-        stream = build_stream(members)
-        values = model(stream.to(model.head_weight.device)).cpu().numpy()
-        stops = np.cumsum(stream.segment_tokens.numpy())
-        segment = 0
-        for group in members:
-            for branch in range(len(group.lengths)):
-                if branch:
-                    stop = stops[segment]
-                    rows[row_key(group, branch)] = values[stop - int(stream.segment_tokens[segment]) : stop].copy()
-                segment += 1
-    merged: dict[bytes, np.ndarray] = {}
-    for part in dist.gather_objects(rows):
-        merged.update(part)
-    return merged
+def find_held(groups: Sequence[Group], rows: Rows) -> list[Group]:
+    """Groups whose completions are all in the file; prints how much of the data it holds."""
+    keys = [row_keys(group) for group in groups]
+    wanted = {key for own in keys for key in own}
+    found = sum(key in rows for key in wanted)
+    print(f"data: the file holds {found} of {len(wanted)} completions; a run scores the other {len(wanted) - found}")
+    return [group for group, own in zip(groups, keys, strict=True) if all(key in rows for key in own)]
+
+
+def rescore(path: Path, header: Header, model_dir: str, groups: Sequence[Group], rows: Rows) -> None:
+    """Score groups again, each alone, and compare. Raises RunError where numbers differ by more than rounding."""
+    device = dist.choose_device()
+    model = load_as(path, header, model_dir, device)
+    fresh = {key: row for group in groups for key, row in score_batch(model, [group], device).items()}
+    gaps = np.concatenate([np.abs(row - rows[key]) for key, row in fresh.items()])
+    # as at step 0 of a run: single bf16 numbers scatter, their mean does not
+    exact = header.dtype == "float32"
+    allowed = numerics.STEP0_TOLERANCE[torch.float32 if exact else torch.bfloat16]
+    judged = gaps.max() if exact else gaps.mean()
+    text = f"differ by at most {gaps.max():.2e} nats a token, {gaps.mean():.2e} on average"
+    if not judged <= allowed:
+        kind = "at most" if exact else "on average"
+        raise RunError(path, f"rows scored again {text} (allowed: {kind} {allowed:.0e}); delete the file")
+    print(f"{len(fresh)} completions scored again: {text}")
+
+
+def load_as(path: Path, header: Header, model_dir: str, device: torch.device) -> Decoder:
+    """The model with the header's arithmetic. Raises RunError where this machine does not have it."""
+    try:
+        impl = resolve(header.kernel, device)
+        form = choose_form("blocks" if header.attention == Header.attention else header.attention, device)
+    except ValueError as error:
+        raise RunError(path, f"its rows cannot be scored again here ({error}); leave out --data") from None
+    numerics.prepare_process()
+    numerics.set_up(threads=None, deterministic=True, matmul="highest")
+    dtype = torch.float32 if header.dtype == "float32" else torch.bfloat16
+    model = load_decoder(model_dir, dtype=dtype).requires_grad_(False).to(device)
+    model.kernel_impl, model.attention_form = impl, form
+    return model
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

@@ -1,5 +1,6 @@
 """From a checked config to a `Run`: what can be wrong is found here, before the first collective or update."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
 from trainer.objective import Objective
 from trainer.optim import AdamW, MasterWeights
-from trainer.reference import Header, ReferenceCache, score_rows, weights_digest
+from trainer.reference_cache import Header, ReferenceCache, weights_digest
+from trainer.reference_pass import score_missing
 from trainer.run_folder import ensure_writable
 
 SCORING_TOKENS = 2
@@ -118,7 +120,7 @@ def make_run(
     resume_from: Path | None,
     loader_type: type[Loader] = Loader,
 ) -> Run:
-    """Load the model, score what the reference has not scored yet, then put the checkpoint's state in place."""
+    """Score what the reference has not scored yet, load the model, then put the checkpoint's state in place."""
     objective = Objective(config.train.objective, config.loss)
     device = dist.choose_device(config.run.device)
     old = checkpoint.read_manifest(resume_from) if resume_from is not None else None
@@ -142,10 +144,15 @@ def make_run(
     digests.save()
     if old is not None:
         check_belongs(old, manifest, config, resume_from)
+    loader = loader_type(shard, config.train.global_batch, config.train.tokens_per_microbatch, config.train.seed)
+    total_steps = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
+    cache, reference_model = None, None
+    if objective.needs_reference:  # before the policy is loaded: neither it nor its float32 masters wait in memory
+        groups = [shard[index] for index in loader.used_indices(total_steps)] + list(held_out)
+        cache, reference_model = attach_reference(config, manifest, groups, reference_path)
     model = load_model(config, str(choices["impl"]))
     compute_dtype = numerics.COMPUTE_DTYPES[config.train.dtype]
     masters = MasterWeights(model, compute_dtype=compute_dtype, pure=config.train.dtype == "pure_bf16")
-    loader = loader_type(shard, config.train.global_batch, config.train.tokens_per_microbatch, config.train.seed)
     run = Run(
         config=config,
         model=model,
@@ -154,14 +161,12 @@ def make_run(
         objective=objective,
         loader=loader,
         eval_groups=held_out,
-        cache=None,
-        reference_model=None,
+        cache=cache,
+        reference_model=reference_model,
         starts_at_reference=manifest.reference_digest == manifest.weights_digest,
         manifest=manifest,
-        total_steps=config.train.max_steps or config.train.epochs * loader.steps_per_epoch,
+        total_steps=total_steps,
     )
-    if objective.needs_reference:
-        attach_reference(run, reference_path)
     if old is not None:
         checkpoint.load(resume_from, masters.named(), run.optimizer)
         masters.refresh()
@@ -179,20 +184,19 @@ def make_optimizer(config: Config, masters: MasterWeights) -> AdamW:
     )
 
 
-def attach_reference(run: Run, path: str) -> None:
-    """Give the run, whose model still has its starting weights, what the reference at `path` says: cache or model."""
-    config, impl = run.config, str(run.manifest.choices["impl"])
+def attach_reference(
+    config: Config, manifest: checkpoint.Manifest, groups: Sequence[Group], path: str
+) -> tuple[ReferenceCache | None, Decoder | None]:
+    """What the reference at `path` says of `groups`: a cache that holds all of them, or the frozen model itself."""
+    impl = str(manifest.choices["impl"])
     if config.reference.mode == "model":
-        run.reference_model = frozen_copy(config, path, impl)
-        return
+        return None, frozen_copy(config, path, impl)
     dtype = str(numerics.COMPUTE_DTYPES[config.train.dtype]).removeprefix("torch.")
-    header = Header(run.manifest.reference_digest, dtype=dtype, kernel=impl)
-    if run.model.attention_form != "blocks":
-        header = replace(header, attention=run.model.attention_form)
-    run.cache = open_cache(config, header)
-    shard, used = run.loader.shard, run.loader.used_indices(run.total_steps)
-    groups = [shard[index] for index in used] + list(run.eval_groups)
-    fill_cache(run.cache, groups, config, run.model if run.starts_at_reference else None, path, impl)
+    header = Header(manifest.reference_digest, dtype=dtype, kernel=impl)
+    form = attention_form(config, dist.choose_device(config.run.device))
+    cache = open_cache(config, header if form == "blocks" else replace(header, attention=form))
+    fill_cache(cache, groups, config, path, impl)
+    return cache, None
 
 
 def attention_form(config: Config, device: torch.device) -> str:
@@ -217,10 +221,10 @@ def measured_choices(config: Config, device: torch.device) -> dict[str, object]:
     return dist.broadcast_object(choices)
 
 
-def load_model(config: Config, impl: str, path: str | None = None) -> Decoder:
-    """A decoder on this rank's device, ready for the run's arithmetic; float32 unless the run is pure bf16 (masters
-    start from float32)."""
-    dtype = torch.bfloat16 if config.train.dtype == "pure_bf16" else torch.float32
+def load_model(config: Config, impl: str, path: str | None = None, dtype: torch.dtype | None = None) -> Decoder:
+    """A decoder on this rank's device, ready for the run's arithmetic. dtype: float32 by default unless the run is pure
+    bf16 (masters start from float32)."""
+    dtype = dtype or (torch.bfloat16 if config.train.dtype == "pure_bf16" else torch.float32)
     device = dist.choose_device(config.run.device)
     form = attention_form(config, device)
     model = load_decoder(path or config.model.path, dtype=dtype).to(device)
@@ -233,8 +237,7 @@ def load_model(config: Config, impl: str, path: str | None = None) -> Decoder:
 
 def frozen_copy(config: Config, path: str, impl: str) -> Decoder:
     """The reference model in the compute dtype, without gradients."""
-    model = load_model(config, impl, path).to(numerics.COMPUTE_DTYPES[config.train.dtype])
-    return model.requires_grad_(False)
+    return load_model(config, impl, path, numerics.COMPUTE_DTYPES[config.train.dtype]).requires_grad_(False)
 
 
 def cache_folder(config: Config) -> Path:
@@ -249,20 +252,19 @@ def open_cache(config: Config, header: Header) -> ReferenceCache:
     return ReferenceCache.open(path, header, named_by_user=named is not None)
 
 
-def fill_cache(
-    cache: ReferenceCache, groups: list[Group], config: Config, frozen: Decoder | None, path: str, impl: str
-) -> None:
-    """Score what is missing with the starting weights in `frozen`, or with the model at `path` loaded for it."""
+def fill_cache(cache: ReferenceCache, groups: Sequence[Group], config: Config, path: str, impl: str) -> None:
+    """Score what is missing with the model at `path`, which is in memory for as long as that takes."""
     missing = cache.missing(groups)
     say(
         f"reference: {len(groups) - len(missing)} of {len(groups)} groups cached, {len(missing)} to score: {cache.path}"
     )
     if not missing:
         return
-    model = frozen if frozen is not None else frozen_copy(config, path, impl)
-    cache.add(score_rows(model, missing, tokens_per_batch=SCORING_TOKENS * config.train.tokens_per_microbatch))
-    if dist.is_main():
-        cache.save()
+    model, started = frozen_copy(config, path, impl), time.monotonic()
+    device, budget = dist.choose_device(config.run.device), SCORING_TOKENS * config.train.tokens_per_microbatch
+    score_missing(cache, missing, model, device=device, tokens_per_batch=budget, progress=config.run.progress)
+    seconds, tokens = time.monotonic() - started, sum(len(group.ids) for group in missing)
+    say(f"reference pass: {tokens} tokens scored in {seconds:.1f} s, {tokens / seconds:.0f} a second")
 
 
 def check_belongs(old: checkpoint.Manifest, new: checkpoint.Manifest, config: Config, folder: Path) -> None:
