@@ -47,7 +47,7 @@ class Reading:
 
 
 def read_nvidia(sass: str, ptxas_log: str, triton_ir: str) -> Reading:
-    """Read what `nvdisasm -c` prints of a cubin and what `ptxas -v` said when it made it.
+    """Read what `nvdisasm -c -ndf` prints of a cubin and what `ptxas -v` said when it made it.
 
     Raises ValueError when either lacks what is looked for: a count of 0 must mean that there is nothing.
     """
