@@ -109,6 +109,18 @@ def test_merge_gives_values_and_gradients_of_blocks_and_definition(stream: tuple
         assert (merged[index][layout[-1].stop :] == 0).all(), name
 
 
+def test_plan_by_hand() -> None:
+    """No sequence is without rows or keys: a flash kernel gives such a row a log-sum-exp of infinity."""
+    plan = merge_plan(layout_of([(2, 1, 0, 2), (0, 3, 1), (4,), (1, 2)]), CPU)
+    assert plan.own.cu_rows.tolist() == plan.own.cu_keys.tolist() == [0, 2, 3, 5, 8, 9, 13, 14, 16]
+    assert (plan.num_tokens, plan.own.most_rows, plan.own.most_keys, plan.own.causal) == (16, 4, 4, True)
+    assert plan.prompts is not None and not plan.prompts.causal
+    assert (plan.prompts.cu_rows.tolist(), plan.prompts.cu_keys.tolist()) == ([0, 3, 5], [0, 2, 3])
+    assert (plan.prompts.most_rows, plan.prompts.most_keys) == (3, 2)
+    assert (plan.rows.tolist(), plan.keys.tolist()) == ([2, 3, 4, 14, 15], [0, 1, 13])
+    assert merge_plan(layout_of([(0, 3), (4,)]), CPU).prompts is None
+
+
 def test_a_part_by_itself_is_plain_attention() -> None:
     """`attend` and `attend_backward` without anything to merge, as a flash kernel would be called."""
     layout = layout_of([(5,), (3,)])
