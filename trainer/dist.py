@@ -1,6 +1,7 @@
 """Ranks and their devices: the sole caller of collectives. One process is the same path with a world of one and no
 process group."""
 
+import functools
 import os
 from collections.abc import Iterable
 from datetime import timedelta
@@ -8,12 +9,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.errors import ConfigError
 
 LAUNCHER = os.getppid()
 TIMEOUT_S = 600.0
 """How long a rank waits for another one, in seconds, unless `start` is told otherwise."""
+
+SideGroup = torch_dist.ProcessGroup | None
+"""Ranks beside the main group; None: the main one, or a world of one."""
 
 
 def rank() -> int:
@@ -73,7 +78,7 @@ def start(device: torch.device, timeout_s: float = TIMEOUT_S) -> None:
     )
 
 
-def side_group(timeout_s: float = TIMEOUT_S) -> "torch_dist.ProcessGroup | None":
+def side_group(timeout_s: float = TIMEOUT_S) -> SideGroup:
     """A gloo group of all ranks beside the main one, so that a background thread can talk while training goes on; None
     in a world of one. Every rank must ask for it at the same point."""
     if not torch_dist.is_initialized():
@@ -101,7 +106,7 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
-def broadcast_object(value: object, group: "torch_dist.ProcessGroup | None" = None) -> object:
+def broadcast_object(value: object, group: SideGroup = None) -> object:
     """Rank 0's value on every rank. group: the main one, or a `side_group`."""
     if not torch_dist.is_initialized():
         return value
@@ -127,6 +132,25 @@ def max_over_ranks(value: float) -> float:
     return tensor.item()
 
 
+def sum_value(value: float) -> float:
+    """The float64 sum over the ranks."""
+    if not torch_dist.is_initialized():
+        return value
+    tensor = torch.tensor([value], dtype=torch.float64)
+    torch_dist.all_reduce(tensor)
+    return tensor.item()
+
+
+@functools.cache
+def mesh(device_type: str, replicas: int) -> DeviceMesh:
+    """The ranks as `replicas` rows, each of which shards one copy of the model (HSDP); one row: a plain line.
+    The same object each time, as FSDP2 asks for it."""
+    shards = world_size() // replicas
+    if replicas == 1:
+        return init_device_mesh(device_type, (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("replica", "shard"))
+
+
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Sum `.grad` of every parameter over the ranks. Losses are already divided by global counts: no averaging."""
     if not torch_dist.is_initialized():
@@ -136,7 +160,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
             torch_dist.all_reduce(parameter.grad)
 
 
-def gather_objects(value: object, group: "torch_dist.ProcessGroup | None" = None) -> list:
+def gather_objects(value: object, group: SideGroup = None) -> list:
     """Every rank's value, in rank order, on every rank. group: the main one, or a `side_group`."""
     if not torch_dist.is_initialized():
         return [value]
@@ -145,7 +169,7 @@ def gather_objects(value: object, group: "torch_dist.ProcessGroup | None" = None
     return gathered
 
 
-def first_failure(message: str | None, group: "torch_dist.ProcessGroup | None" = None) -> str | None:
+def first_failure(message: str | None, group: SideGroup = None) -> str | None:
     """The message of the lowest rank that has one; None when no rank has. So all ranks stop together."""
     return next((text for text in gather_objects(message, group) if text is not None), None)
 

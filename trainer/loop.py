@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from data_tools.encode import Group
 from trainer import checkpoint, dist
-from trainer.batch import Stream, build_stream
+from trainer.batch import Stream, build_stream, idle_stream
 from trainer.config import Config
 from trainer.errors import RunError, TrainingStopped
 from trainer.export import export
 from trainer.health import Health
-from trainer.loader import Loader, length_sorted_batches
+from trainer.loader import Loader, length_sorted_batches, rounds
 from trainer.metrics import MetricsWriter, peak_memory_mib
 from trainer.models.decoder import Decoder
-from trainer.numerics import STEP0_TOLERANCE
+from trainer.numerics import COMPUTE_DTYPES, STEP0_TOLERANCE
 from trainer.objective import Counts, Objective, group_weights
 from trainer.optim import AdamW, MasterWeights, clip_by_global_norm, learning_rate_at
 from trainer.reference_cache import ReferenceCache
@@ -58,6 +58,10 @@ class Run:
     def device(self) -> torch.device:
         """Where the model computes."""
         return dist.choose_device(self.config.run.device)
+
+    def sum_over_shards(self, value: float) -> float:
+        """Each rank's `value`, summed over the ranks that hold one copy of a sharded model between them."""
+        return dist.sum_value(value) / self.config.dist.replicas
 
     def reference_logps(self, groups: Sequence[Group], stream: Stream) -> Tensor | None:
         """(N,) float32 reference log-probs in stream order, or None for objectives without a reference."""
@@ -120,9 +124,15 @@ def train_step(run: Run) -> dict[str, float]:
     bad_rows: list[str] = []
     tokens = 0
     mismatch = None
-    for number, members in enumerate(run.loader.micro_batches(indices)):
+    micro_batches = run.loader.micro_batches(indices)
+    for number, members in enumerate(micro_batches):
         check_start = run.starts_at_reference and run.step == 0 and number == 0
-        if members:  # a rank without a group in this round still takes part in what all ranks do together
+        if run.masters.sharded:
+            last = number == len(micro_batches) - 1
+            run.model.set_requires_gradient_sync(last or run.config.dist.grad_sync == "every")
+        if not members:  # a rank without a group in this round still takes part in what all ranks do together
+            _idle_micro_batch(run)
+        else:
             groups = [run.loader.shard[index] for index in members]
             part, own_bad_rows, mismatch = _micro_batch(run, groups, counts, check_start=check_start)
             bad_rows += own_bad_rows
@@ -132,8 +142,11 @@ def train_step(run: Run) -> dict[str, float]:
         if check_start and (failure := dist.first_failure(mismatch)) is not None:
             raise RunError(run.cache.path if run.cache is not None else run.folder, failure)
     run.masters.finish_backward()
-    dist.sum_gradients(run.masters.masters)
-    norm = clip_by_global_norm(run.masters.masters, config.max_grad_norm)
+    if run.masters.sharded:
+        norm = clip_by_global_norm(run.masters.masters, config.max_grad_norm, total=run.sum_over_shards)
+    else:
+        dist.sum_gradients(run.masters.masters)
+        norm = clip_by_global_norm(run.masters.masters, config.max_grad_norm)
     totals = dist.sum_over_ranks(sums | {"tokens": tokens})
     if not (math.isfinite(norm) and math.isfinite(totals["loss"])):
         _stop_for_non_finite(run, norm, totals["loss"], bad_rows, indices)
@@ -153,6 +166,7 @@ def train_step(run: Run) -> dict[str, float]:
         "perf/step_s": elapsed,
         "perf/pairs_per_s": len(indices) / elapsed,
         "perf/tokens_per_s": stream_tokens / elapsed,
+        "perf/token_imbalance": dist.max_over_ranks(float(tokens)) * dist.world_size() / stream_tokens,
         "perf/peak_memory_mib": dist.max_over_ranks(peak_memory_mib()),
     }
 
@@ -170,8 +184,22 @@ def _micro_batch(
     bad_rows = []
     if not torch.isfinite(terms.loss):
         bad_rows = _rows_with_non_finite(groups, stream, token_logps.detach())
-    terms.loss.backward()
+    # FSDP2 averages gradients over the ranks, and the loss is divided by the counts of all ranks already
+    (terms.loss * dist.world_size() if run.masters.sharded else terms.loss).backward()
     return {name: value.item() for name, value in terms.sums.items()}, bad_rows, message
+
+
+def _idle_micro_batch(run: Run) -> None:
+    """What a rank without a group does: nothing, or the gathers and reductions of a sharded model."""
+    if not run.masters.sharded:
+        return
+    stream = idle_stream().to(run.device)
+    loss = run.model(stream).sum() * 0.0
+    if run.reference_model is not None:  # gathers come in the order in which the other ranks ask for them
+        with torch.no_grad():
+            run.reference_model(stream)
+    if torch.is_grad_enabled():
+        loss.backward()
 
 
 def unlike_reference(policy: Tensor, reference: Tensor, run: Run) -> str | None:
@@ -182,7 +210,7 @@ def unlike_reference(policy: Tensor, reference: Tensor, run: Run) -> str | None:
     if not torch.isfinite(policy).all():
         return None
     difference = (policy - reference).abs()
-    dtype = run.model.head_weight.dtype
+    dtype = COMPUTE_DTYPES[run.config.train.dtype]
     kind, worst = ("largest", difference.max()) if dtype == torch.float32 else ("mean", difference.mean())
     if worst <= STEP0_TOLERANCE[dtype]:
         if dist.is_main():
@@ -201,12 +229,16 @@ def evaluate(run: Run) -> dict[str, float]:
     counts = run.objective.count(run.eval_groups)
     mine = list(run.eval_groups)[dist.rank() :: dist.world_size()]
     sums: dict[str, float] = {}
-    for batch in length_sorted_batches(mine, run.config.train.tokens_per_microbatch):
+    for batch in rounds(length_sorted_batches(mine, run.config.train.tokens_per_microbatch)):
+        if batch is None:
+            _idle_micro_batch(run)
+            continue
         groups = [mine[index] for index in batch]
         stream = build_stream(groups, score_prompt=run.objective.scores_prompt).to(run.device)
+        token_logps = run.model(stream)
         reference = run.reference_logps(groups, stream)
         weights = group_weights(groups, run.device)
-        terms = run.objective.terms(run.model(stream), reference, stream, weights, counts)
+        terms = run.objective.terms(token_logps, reference, stream, weights, counts)
         for name, value in terms.sums.items():
             sums[name] = sums.get(name, 0.0) + value.item()
     return dist.sum_over_ranks(sums)

@@ -5,22 +5,28 @@ parameter's bf16 gradient is added to its float32 gradient the moment autograd h
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from trainer.parts import is_sharded, local
+
 
 class MasterWeights:
     """Float32 masters of a model's trainable parameters, and their float32 gradients.
 
-    For a float32 model (or `pure=True`) the masters are the parameters themselves.
+    For a float32 model (or `pure=True`) the masters are the parameters themselves. So they are for a sharded model,
+    whose parameters are float32 shards that FSDP2 gathers in the compute dtype.
     """
 
     def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype, pure: bool = False) -> None:
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._working = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.same = pure or compute_dtype == torch.float32
+        self._model = model
+        self.sharded = any(is_sharded(parameter) for parameter in self._working)
+        self.same = pure or compute_dtype == torch.float32 or self.sharded
         if self.same:
             self.masters = self._working
             return
@@ -58,7 +64,9 @@ class MasterWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Write the masters into the working copies; once a step."""
+        """Write the masters into the working copies; once a step. Of a sharded model, what is gathered is dropped."""
+        if self.sharded:
+            self._model.reshard()
         if not self.same:
             for working, master in zip(self._working, self.masters, strict=True):
                 working.copy_(master)
@@ -83,16 +91,18 @@ class AdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update with every parameter's `.grad`; moments are made at the first."""
+        """One update with every parameter's `.grad`; moments are made at the first. Of a sharded parameter each rank
+        updates its own rows, of which it may have none."""
         for parameter, state in self.state.items():
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        states = self.state.values()
+                state["exp_avg"] = torch.zeros_like(local(parameter))
+                state["exp_avg_sq"] = torch.zeros_like(local(parameter))
+        held = [parameter for parameter in self.state if local(parameter).numel()]
+        states = [self.state[parameter] for parameter in held]
         adamw(
-            list(self.state),
-            [parameter.grad for parameter in self.state],
+            [local(parameter) for parameter in held],
+            [local(parameter.grad) for parameter in held],
             *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
             max_exp_avg_sqs=[],
             state_steps=[state["step"] for state in states],
@@ -105,13 +115,19 @@ class AdamW:
 
 
 @torch.no_grad()
-def clip_by_global_norm(parameters: list[Tensor], max_norm: float) -> float:
-    """Scale all gradients so that their joint 2-norm is at most `max_norm` (0: measure only); returns the old norm."""
-    squares = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).double() ** 2 for parameter in parameters]
-    norm = math.sqrt(torch.stack(squares).sum().item())
+def clip_by_global_norm(
+    parameters: list[Tensor], max_norm: float, *, total: Callable[[float], float] = lambda squares: squares
+) -> float:
+    """Scale all gradients so that their joint 2-norm is at most `max_norm` (0: measure only); returns the old norm.
+
+    total: sums the squares of this rank's rows over the ranks, for sharded parameters.
+    """
+    gradients = [local(parameter.grad) for parameter in parameters]
+    squares = [torch.linalg.vector_norm(gradient, dtype=torch.float32).double() ** 2 for gradient in gradients]
+    norm = math.sqrt(total(torch.stack(squares).sum().item()))
     # the small constant is the one of torch.nn.utils.clip_grad_norm_, so that numbers compare
     if max_norm > 0 and math.isfinite(norm) and norm > max_norm:
-        torch._foreach_mul_([parameter.grad for parameter in parameters], max_norm / (norm + 1e-6))
+        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
     return norm
 
 

@@ -40,7 +40,7 @@ def _keep_narrow_products(context: object, operator: object, *args: Tensor, widt
 
 def shard(
     model: Decoder,
-    mesh: "torch.distributed.device_mesh.DeviceMesh",
+    mesh: DeviceMesh,
     *,
     compute_dtype: torch.dtype,
     cpu_offload: bool = False,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from data_tools.shards import Shard, open_or_build
 from data_tools.show import describe_group
 from data_tools.tokenizer import load_tokenizer
 from kernels.dispatch import choose_matmul_precision, resolve
-from trainer import checkpoint, dist, numerics
+from trainer import checkpoint, dist, numerics, parallelize
 from trainer.config import Config, maths_changes, parse_toml, to_toml
 from trainer.config_sections import SORTING_LOSS_TYPES
 from trainer.errors import CheckpointError, ConfigError, ModelError, UserError
@@ -38,6 +39,7 @@ SCORING_TOKENS = 2
 
 def open_data(config: Config) -> tuple[Shard, Sequence[Group]]:
     """Training shard and held-out groups, checked against the model. Runs before any process group exists."""
+    check_ranks(config)
     model_config = ModelConfig.from_folder(config.model.path)
     options = EncodeOptions(
         kind="sft" if config.train.objective == "sft" else "pair",
@@ -227,12 +229,34 @@ def load_model(config: Config, impl: str, path: str | None = None, dtype: torch.
     dtype = dtype or (torch.bfloat16 if config.train.dtype == "pure_bf16" else torch.float32)
     device = dist.choose_device(config.run.device)
     form = attention_form(config, device)
-    model = load_decoder(path or config.model.path, dtype=dtype).to(device)
-    model.checkpoint_blocks = config.train.activation_checkpointing == "full"
+    model = load_decoder(path or config.model.path, dtype=dtype, wrap=partial(wrap_model, config, device))
+    if not is_sharded(config):
+        model = model.to(device)
     model.stash_logits = config.kernels.stash
     model.kernel_impl = impl
     model.attention_form = form
     return model
+
+
+def is_sharded(config: Config) -> bool:
+    """Does each rank hold a part of the model only?"""
+    return config.dist.strategy == "fsdp"
+
+
+def check_ranks(config: Config) -> None:
+    """Raise ConfigError where the ranks cannot be cut into `dist.replicas` equal parts."""
+    if dist.world_size() % config.dist.replicas:
+        problem = f"must divide the number of ranks, {dist.world_size()}"
+        raise ConfigError("dist.replicas", config.dist.replicas, problem)
+
+
+def wrap_model(config: Config, device: torch.device, model: Decoder) -> None:
+    """Activation checkpointing, then sharding, of a model that has no weights yet."""
+    parallelize.recompute_activations(model, config.train.activation_checkpointing)
+    if is_sharded(config):
+        mesh = dist.mesh(device.type, config.dist.replicas)
+        compute_dtype = numerics.COMPUTE_DTYPES[config.train.dtype]
+        parallelize.shard(model, mesh, compute_dtype=compute_dtype, cpu_offload=config.dist.cpu_offload)
 
 
 def frozen_copy(config: Config, path: str, impl: str) -> Decoder:

@@ -146,7 +146,7 @@ class Decoder(nn.Module):
             _, hidden_ND = self.norm(x_TD.index_select(0, _padded(stream.score_index)), None, self.kernel_impl)
             targets = _padded(stream.score_targets)
             logps = linear_logps(hidden_ND, self.head_weight, targets, stash=self.stash_logits, impl=self.kernel_impl)
-            return logps[:num_scored]
+            return logps[:num_scored].clone()  # not a view: FSDP2 hooks the tensor that is returned
         _, hidden_TD = self.norm(x_TD, None, self.kernel_impl)
         hidden_TD = hidden_TD[:num_tokens]
         return hidden_TD if output == "hidden" else F.linear(hidden_TD, self.head_weight)

@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer.errors import ModelError
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import Decoder
+from trainer.parts import is_sharded, part_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,11 +26,17 @@ DTYPE_NAMES = {
 }
 
 
-def load_decoder(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The model of a Hugging Face folder with parameters in `dtype`. Raises ModelError naming file and tensor."""
+def load_decoder(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, wrap: Callable[[Decoder], None] = lambda model: None
+) -> Decoder:
+    """The model of a Hugging Face folder with parameters in `dtype`. Raises ModelError naming file and tensor.
+
+    wrap: called with the model on the meta device, before it has weights: the place to shard it.
+    """
     config = ModelConfig.from_folder(folder)
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(config).to(dtype)
+    wrap(model)
     load_weights(model, folder, dtype=dtype)
     return model
 
@@ -40,7 +47,13 @@ def hf_name(name: str) -> str:
 
 
 def load_weights(model: nn.Module, folder: str | Path, *, dtype: torch.dtype) -> None:
-    """Replace every parameter of `model` (which may be on the meta device) by the folder's tensor of that name."""
+    """Replace every parameter of `model` (which may be on the meta device) by the folder's tensor of that name.
+
+    Of a sharded parameter only this rank's rows are read from the file, into the device of the shards' mesh.
+    """
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        device = next(model.parameters()).device_mesh.device_type
+        model.to_empty(device=device)
     wanted = {hf_name(name): name for name, _ in model.named_parameters()}
     seen = set()
     for path, name, tensor in iter_weights(folder):
@@ -57,6 +70,11 @@ def load_weights(model: nn.Module, folder: str | Path, *, dtype: torch.dtype) ->
             )
         if not tensor.is_floating_point():
             raise ModelError(path, f"tensor {name!r} has dtype {tensor.dtype}; a floating-point tensor is needed")
+        if is_sharded(expected):
+            part = part_of(name, expected)
+            part.tensor.copy_(tensor[part.start : part.start + len(part.tensor)])
+            seen.add(name)
+            continue
         # a copy: what safetensors gives is the mapped file itself, which changes when somebody overwrites the file
         parameter = nn.Parameter(tensor.to(dtype, copy=True), requires_grad=expected.requires_grad)
         setattr(module, leaf, parameter)
