@@ -77,6 +77,12 @@ def _logps_of_part(logits_NV: Tensor, columns: Tensor, combine: Combine | None) 
     return LinearLogps(target_logits - normaliser + (carrier - carrier.detach()))
 
 
+def logps_from_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits) at `targets`: (N, V), (N,) int64 -> (N,) float32 (float64 for float64)."""
+    all_logps_NV = torch.log_softmax(logits.to(compute_dtype(logits.dtype)), dim=-1)
+    return all_logps_NV.gather(1, targets[:, None]).squeeze(1)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis: (..., D), (D,) -> (..., D) (Zhang and Sennrich 2019).
 
@@ -94,9 +100,15 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return total, rms_norm(total, weight, eps)
 
 
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up, elementwise (Shazeer 2020); "silu", or "gelu_tanh": gelu by its tanh form, as in Gemma."""
+    functional = torch.nn.functional
+    return (functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")) * up
+
+
 def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     """(silu(gate) * up) @ weight.T: (T, F), (T, F), (D, F) -> (T, D) (Shazeer 2020, eq. 6, without bias)."""
-    return (torch.nn.functional.silu(gate) * up) @ weight.T
+    return gated(gate, up, "silu") @ weight.T
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
