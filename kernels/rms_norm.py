@@ -16,12 +16,13 @@ from kernels import dispatch, reference
 from kernels.reference import compute_dtype
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(..., D), (D,) -> normed (..., D) in x's dtype and scale (..., 1), 1 / sqrt(mean(x^2) + eps), in that of sums."""
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """total and normed (..., D) in x's dtype, scale (..., 1) = 1 / sqrt(mean(total^2) + eps) in the dtype of sums."""
+    x = x if residual is None else x + residual
     wide = x.to(compute_dtype(x.dtype))
     scale = (torch.linalg.vecdot(wide, wide) / x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
     normed = wide * scale if wide is x else wide.mul_(scale).to(x.dtype)
-    return normed.mul_(weight), scale
+    return x, normed.mul_(weight), scale
 
 
 def _backward(
@@ -46,12 +47,15 @@ def _backward(
 
 
 class _AddRMSNorm(torch.autograd.Function):
-    """(x, residual or None, weight, eps) -> (total, normed), total being x + residual."""
+    """(x, residual or None, weight, eps, impl) -> (total, normed), total being x + residual."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total = x if residual is None else x + residual
-        normed, scale = _forward(total, weight, eps)
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        forward = dispatch.triton_module("rms_norm").forward if impl == "triton" else _forward
+        total, normed, scale = forward(x, residual, weight, eps)
+        ctx.impl = impl
         ctx.save_for_backward(total, weight, scale)
         ctx.set_materialize_grads(False)
         return total, normed
@@ -63,8 +67,9 @@ class _AddRMSNorm(torch.autograd.Function):
         if grad is None:
             grad_x, grad_weight = grad_total, None
         else:
-            grad_x, grad_weight = _backward(total, weight, scale, grad, grad_total, ctx.needs_input_grad[2])
-        return grad_x, grad_x if ctx.needs_input_grad[1] else None, grad_weight, None
+            backward = dispatch.triton_module("rms_norm").backward if ctx.impl == "triton" else _backward
+            grad_x, grad_weight = backward(total, weight, scale, grad, grad_total, ctx.needs_input_grad[2])
+        return grad_x, grad_x if ctx.needs_input_grad[1] else None, grad_weight, None, None
 
 
 def _check(operator: str, x: Tensor, weight: Tensor) -> None:
@@ -77,14 +82,16 @@ def _check(operator: str, x: Tensor, weight: Tensor) -> None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis: (..., D), (D,) -> (..., D) in x's dtype.
 
-    Both float32, bfloat16 or float64, and the same. Statistics are float32 (float64 for float64); the normalised value
-    is rounded to x's dtype before the product with `weight`, as Llama in `transformers` does it. Gradients flow into x
-    and weight, once. impl: as `dispatch.resolve` takes it. Raises ValueError if shapes or dtypes do not fit.
+    Both bfloat16, float16, float32 or float64 (not by Triton), and the same. Statistics are float32 (float64 for
+    float64); the normalised value is rounded to x's dtype before the product with `weight`, as Llama in `transformers`
+    does it. Gradients flow into x and weight, once. impl: as `dispatch.resolve` takes it; Triton takes widths to 8192.
+    Raises ValueError if shapes or dtypes do not fit, or the implementation does not support them.
     """
     _check("rms_norm", x, weight)
-    if dispatch.resolve(impl, x.device) == "reference":
+    impl = dispatch.resolve(impl, x.device)
+    if impl == "reference":
         return reference.rms_norm(x, weight, eps)
-    return _AddRMSNorm.apply(x, None, weight, eps)[1]
+    return _AddRMSNorm.apply(x, None, weight, eps, impl)[1]
 
 
 def add_rms_norm(
@@ -103,6 +110,7 @@ def add_rms_norm(
             f"add_rms_norm: residual is {residual.dtype} {tuple(residual.shape)}, x {x.dtype} {tuple(x.shape)}; "
             "must be the same"
         )
-    if dispatch.resolve(impl, x.device) == "reference":
+    impl = dispatch.resolve(impl, x.device)
+    if impl == "reference":
         return reference.add_rms_norm(x, residual, weight, eps)
-    return _AddRMSNorm.apply(x, residual, weight, eps)
+    return _AddRMSNorm.apply(x, residual, weight, eps, impl)

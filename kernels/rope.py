@@ -15,8 +15,9 @@ from kernels import dispatch, reference
 from kernels.reference import compute_dtype
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     """(T, H, h), (T, h/2), (T, h/2) -> (T, H, h). Whole heads at once: on halves, PyTorch's inner loop is too short."""
+    sin = -sin if back else sin
     wide = x.to(compute_dtype(x.dtype))
     full_cos = torch.cat((cos, cos), dim=-1)[:, None].to(wide.dtype)
     full_sin = torch.cat((-sin, sin), dim=-1)[:, None].to(wide.dtype)
@@ -27,29 +28,31 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _ApplyRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, impl: str) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        ctx.rotate = dispatch.triton_module("rope").rotate if impl == "triton" else _rotate
+        return ctx.rotate(x, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin), None, None
+        return ctx.rotate(grad, cos, sin, back=True), None, None, None
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Tensor:
     """Rotate each head's pairs by its token's angles: (T, H, h), (T, h/2), (T, h/2) -> (T, H, h) in x's dtype.
 
-    x: float32, bfloat16 or float64; cos and sin: float32 (or wider), without gradient. The rotation is computed in
-    float32 (float64 for float64) and rounded once. A gradient flows into x, once. impl: as `dispatch.resolve` takes it.
-    Raises ValueError if shapes do not fit or an angle asks for a gradient.
+    x: bfloat16, float16, float32 or float64 (not by Triton); cos and sin: float32 (or wider), without gradient. The
+    rotation is computed in float32 (float64 for float64) and rounded once. A gradient flows into x, once. impl: as
+    `dispatch.resolve` takes it. Raises ValueError if shapes do not fit or an angle asks for a gradient.
     """
     if x.ndim != 3 or x.shape[-1] % 2 or cos.shape != (len(x), x.shape[-1] // 2) or sin.shape != cos.shape:
         shapes = f"{tuple(x.shape)}, {tuple(cos.shape)}, {tuple(sin.shape)}"
         raise ValueError(f"apply_rope needs x (T, H, h) with even h, cos and sin (T, h/2); got {shapes}")
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("apply_rope: cos and sin get no gradient; detach them")
-    if dispatch.resolve(impl, x.device) == "reference":
+    impl = dispatch.resolve(impl, x.device)
+    if impl == "reference":
         return reference.apply_rope(x, cos, sin)
-    return _ApplyRope.apply(x, cos, sin)
+    return _ApplyRope.apply(x, cos, sin, impl)
