@@ -23,8 +23,9 @@ from trainer.models.merge_attention import attend, attend_backward, merge_plan, 
 CPU = torch.device("cpu")
 HEADS, WIDTH = 6, 8
 ROUNDING = 1e-5
-"""Float32: a score of up to 16 is wrong by 1e-6, so is a row's log-sum-exp; a probability carries both, and a gradient
-is made of several."""
+"""Float32: a score of up to 16 is wrong by 1e-6, so is a row's log-sum-exp; a probability carries both."""
+GRADIENT_ROUNDING = 1e-4
+"""By q and k a probability's error is multiplied by grad . value, up to 20, and by a key or query of up to 4."""
 Layout = tuple[GroupLayout, ...]
 
 GROUP = st.tuples(st.integers(0, 9), st.lists(st.sampled_from([1, 1, 2, 5, 8]), max_size=4)).filter(
@@ -104,8 +105,9 @@ def test_merge_gives_values_and_gradients_of_blocks_and_definition(stream: tuple
     for index, name in enumerate(("out", "q", "k", "v")):
         scale = max(1.0, truth[index].abs().max().item())
         assert (exact[index] - truth[index]).abs().max() <= 1e-12 * scale, name
-        assert (merged[index] - truth[index]).abs().max() <= ROUNDING * scale, name
-        assert (merged[index] - blocks[index]).abs().max() <= ROUNDING * scale, name
+        rounding = ROUNDING if name == "out" else GRADIENT_ROUNDING
+        assert (merged[index] - truth[index]).abs().max() <= rounding * scale, name
+        assert (merged[index] - blocks[index]).abs().max() <= rounding * scale, name
         assert (merged[index][layout[-1].stop :] == 0).all(), name
 
 
