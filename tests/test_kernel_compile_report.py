@@ -22,7 +22,7 @@ FIELDS = {"kernel", "target", "shape", "dtype", "spills", "shared_bytes", "regis
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command, with the `kernels` package that lies in `folder`."""
     command = [sys.executable, "-m", "kernels.compile_report", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=1200)
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +170,26 @@ def test_what_the_user_can_mend_exits_with_2(
     monkeypatch.setitem(sys.modules, "triton", None)  # as find_spec sees a package that is not there
     assert compile_report.main([]) == 2
     assert "the package triton is not installed" in capsys.readouterr().err
+
+
+def test_our_own_kernels_pass_the_gate(tmp_path: Path) -> None:
+    """All of them, at all shapes of their cases, for all four targets (gaps are the gate's business)."""
+    done = run(ROOT, "--gate", "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "rows.json").read_text())
+    kernels = {(row["operator"], row["kernel"]) for row in found}
+    assert {operator for operator, _ in kernels} == {
+        "linear_logps",
+        "logits_logps",
+        "rms_norm",
+        "rope",
+        "swiglu_linear",
+    }
+    products = [row for row in found if row["kernel"].endswith("_gemm")]
+    assert {row["source"] for row in products} == {"pointers", "descriptors"}
+    assert {row["kernel"] for row in products} == {"forward_gemm", "backward_gemm"}
+    assert all(row["tensor_core_ops"] > 0 for row in products)
+    assert all(row["spills"] == row["atomics"] == 0 for row in found)
 
 
 LOG = "ptxas info    : Used 42 registers, used 1 barriers\n"
