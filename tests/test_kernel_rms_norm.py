@@ -65,9 +65,12 @@ def test_bfloat16_is_rounded_before_the_product_with_weight() -> None:
     assert (ours == once).float().mean() < 0.9
 
 
-def test_gradients_by_finite_differences() -> None:
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_gradients_by_finite_differences(impl: str) -> None:
     x, weight, _ = make_inputs((2, 3, 5), torch.float64)
-    assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, EPS), (x.requires_grad_(), weight.requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda a, b: rms_norm(a, b, EPS, impl=impl), (x.requires_grad_(), weight.requires_grad_())
+    )
 
 
 def test_rows_of_zeros_and_no_rows() -> None:
@@ -177,14 +180,15 @@ def test_the_added_norm_is_as_good_as_plain_pytorch(
             assert error <= 2 * baseline + ROUNDING[dtype] * scale, f"{name}: {error=} {baseline=} {rows=} {width=}"
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("first", [False, True])
-def test_gradients_of_the_added_norm_by_finite_differences(first: bool) -> None:
+def test_gradients_of_the_added_norm_by_finite_differences(first: bool, impl: str) -> None:
     x, residual, weight, _ = make_add_inputs((2, 3, 5), torch.float64, first=first)
     leaves = [tensor.requires_grad_() for tensor in (x, residual, weight) if tensor is not None]
 
     def function(x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         *residual, weight = rest
-        return add_rms_norm(x, residual[0] if residual else None, weight, EPS)
+        return add_rms_norm(x, residual[0] if residual else None, weight, EPS, impl=impl)
 
     assert torch.autograd.gradcheck(function, leaves)
 

@@ -70,9 +70,10 @@ def test_a_score_depends_on_the_distance_only() -> None:
     torch.testing.assert_close((at(q, 5) * at(k, 3)).sum(), (at(q, 12) * at(k, 10)).sum())
 
 
-def test_gradients_by_finite_differences() -> None:
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_gradients_by_finite_differences(impl: str) -> None:
     x, cos, sin = make_inputs(3, 2, 2, torch.float64)
-    assert torch.autograd.gradcheck(lambda value: apply_rope(value, cos, sin), (x.requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda value: apply_rope(value, cos, sin, impl=impl), (x.requires_grad_(),))
 
 
 def test_takes_a_view_and_leaves_it_alone() -> None:
