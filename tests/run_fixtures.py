@@ -85,7 +85,7 @@ def start_child(argv: list[str], output: Path, **watch: Any) -> BaseProcess:
     limit_at: (operation, bytes): from there on, no file may grow past so many bytes, as on a full disk.
     environment: variables of that process alone.
     """
-    return _fork(_child, argv, output, **watch)
+    return start_function(train_watched, argv, output, **watch)
 
 
 def run_child(argv: list[str], output: Path, **watch: Any) -> int:
@@ -98,12 +98,13 @@ def run_child(argv: list[str], output: Path, **watch: Any) -> int:
 
 def call_in_child(function: Callable[..., None], *args: Any) -> None:
     """Call a test module's function in a process of its own, for what a process has only once; it must not fail."""
-    process = _fork(function, *args)
+    process = start_function(function, *args)
     process.join(timeout=PATIENCE_S)
     assert process.exitcode == 0
 
 
-def _fork(function: Callable[..., None], *args: Any, **kwargs: Any) -> BaseProcess:
+def start_function(function: Callable[..., None], *args: Any, **kwargs: Any) -> BaseProcess:
+    """Start a test module's function in a process of its own, forked from one that has torch imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.train"])
     process = context.Process(target=function, args=args, kwargs=kwargs, daemon=True)
@@ -211,7 +212,7 @@ def assert_stopped_in_one_line(output: Path, *words: str) -> None:
     assert "Traceback" not in text and "Exception ignored" not in text, text
 
 
-def _child(
+def train_watched(
     argv: list[str],
     output: Path,
     *,
@@ -219,6 +220,7 @@ def _child(
     limit_at: tuple[str, int] | None = None,
     environment: dict[str, str] | None = None,
 ) -> None:
+    """What `start_child` runs in the child."""
     os.environ.update(environment or {})
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)

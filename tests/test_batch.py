@@ -1,5 +1,7 @@
 """Streams: positions, which hidden state predicts which token, and what is left out."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 from model_fixtures import random_group
 
 from data_tools.encode import Group
-from trainer.batch import GroupLayout, build_stream
+from trainer.batch import GroupLayout, build_stream, idle_stream
+from trainer.models.hf_weights import load_decoder
 
 
 def group(ids: list[int], lengths: tuple[int, ...], spans: tuple) -> Group:
@@ -108,3 +111,12 @@ def test_groups_are_left_as_they_are(writable: bool) -> None:
     stream = build_stream([pair])
     stream.tokens.zero_()
     assert (pair.ids == before).all()
+
+
+def test_the_idle_stream_is_one_token_scored_after_one(tiny_model_dir: Path) -> None:
+    stream = idle_stream()
+    assert stream.tokens.tolist() == [0, 0] and stream.positions.tolist() == [0, 1]
+    assert stream.score_index.tolist() == [0] and stream.score_targets.tolist() == [0]
+    assert stream.segment_tokens.tolist() == [0, 1]
+    logps = load_decoder(tiny_model_dir)(stream)
+    assert logps.shape == (1,) and logps.isfinite().all()

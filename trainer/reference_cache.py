@@ -168,7 +168,7 @@ class ReferenceCache:
         self._changed = False
 
     def _write(self) -> None:
-        """Keys in ascending order, so that the same rows are the same bytes."""
+        """Keys in ascending order, so that the same rows have the same checksum."""
         keys = sorted(self._rows)
         lengths = [len(self._rows[key]) for key in keys]
         tensors = {
