@@ -129,6 +129,8 @@ def make_run(
     same_device = old is not None and old.device == device.type
     choices = dict(old.choices) if same_device else measured_choices(config, device)
     numerics.set_up(threads=config.run.threads, deterministic=config.train.deterministic, matmul=str(choices["matmul"]))
+    if is_sharded(config):
+        numerics.give_back_buffers()
     ensure_writable(cache_folder(config))
     digests = FileDigests(cache_folder(config) / "digests.json")
     reference_path = config.reference.path or config.model.path
