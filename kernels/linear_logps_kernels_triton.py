@@ -116,9 +116,10 @@ def backward_gemm(
             hidden, weight, row_tile, column_tile, N, V, D, BLOCK_N, BLOCK_V, BLOCK_D, WHOLE_STEPS
         )
     logits = _logits(product, bias, column_tile, V, scale, softcap, BLOCK_V)
+    distance = logits - _load_row(centers, row_tile, N, BLOCK_N)[:, None]
     _write_gradients(
-        logits, targets, centers, log_sums, target_factors, grads, by_logits, by_logits_stride, first_column,
-        row_tile, column_tile, N, V, softcap, BLOCK_N, BLOCK_V,
+        logits, distance, targets, log_sums, target_factors, grads, by_logits, by_logits_stride, first_column,
+        row_tile, column_tile, N, softcap, BLOCK_N, BLOCK_V,
     )  # fmt: skip
 
 
@@ -146,15 +147,17 @@ def backward_given(
     """`backward_gemm` after its product."""
     row_tile, column_tile = _tile_of_program(N, V, BLOCK_N, BLOCK_V, 1)
     tile = _load_tile(products, products_stride, row_tile, column_tile, N, V, BLOCK_N, BLOCK_V)
+    center = _load_row(centers, row_tile, N, BLOCK_N)
     if maxima is None:
         logits = _logits(tile, bias, column_tile, V, scale, softcap, BLOCK_V)
+        distance = logits - center[:, None]
     else:
-        rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        top = tl.load(maxima + column_tile.to(tl.int64) * N + rows, mask=rows < N, other=0.0)
-        logits = tile + _finite_or_0(top)[:, None]
+        maximum = _finite_or_0(_load_row(maxima + column_tile.to(tl.int64) * N, row_tile, N, BLOCK_N))
+        logits = tile + maximum[:, None]
+        distance = tile + (maximum - center)[:, None]  # not through the larger logits, which would round it
     _write_gradients(
-        logits, targets, centers, log_sums, target_factors, grads, by_logits, by_logits_stride, first_column,
-        row_tile, column_tile, N, V, softcap, BLOCK_N, BLOCK_V,
+        logits, distance, targets, log_sums, target_factors, grads, by_logits, by_logits_stride, first_column,
+        row_tile, column_tile, N, softcap, BLOCK_N, BLOCK_V,
     )  # fmt: skip
 
 
@@ -217,6 +220,13 @@ def _product_by_descriptors(
 
 
 @triton.jit
+def _load_row(numbers, row_tile, N, BLOCK_N: tl.constexpr):
+    """A number of each row of the tile, 0 past the last."""
+    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tl.load(numbers + rows, mask=rows < N, other=0)
+
+
+@triton.jit
 def _tile_pointers(matrix, stride, row_tile, column_tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     # the place of the tile may need more than 32 bits, the places inside it do not
     start = matrix + row_tile.to(tl.int64) * BLOCK_N * stride + column_tile * BLOCK_V
@@ -276,7 +286,7 @@ def _write_partials(
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     is_row = rows < N
-    target = tl.load(targets + rows, mask=is_row, other=0) - first_column
+    target = _load_row(targets, row_tile, N, BLOCK_N) - first_column
     is_target = columns[None, :] == target[:, None]
     logits = tl.where((columns < V)[None, :], logits, float("-inf"))
 
@@ -301,23 +311,19 @@ def _write_partials(
 
 @triton.jit
 def _write_gradients(
-    logits, targets, centers, log_sums, target_factors, grads, by_logits, by_logits_stride, first_column,
-    row_tile, column_tile, N, V, softcap, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits, distance, targets, log_sums, target_factors, grads, by_logits, by_logits_stride, first_column,
+    row_tile, column_tile, N, softcap, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    """distance: logits - center, whose exponential is the probability but for log_sum."""
     columns = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    is_row = rows < N
-    target = tl.load(targets + rows, mask=is_row, other=0) - first_column
-    center = tl.load(centers + rows, mask=is_row, other=0.0)
-    log_sum = tl.load(log_sums + rows, mask=is_row, other=0.0)
-    target_factor = tl.load(target_factors + rows, mask=is_row, other=0.0)
-    grad = tl.load(grads + rows, mask=is_row, other=0.0)
+    target = _load_row(targets, row_tile, N, BLOCK_N) - first_column
+    target_factor = _load_row(target_factors, row_tile, N, BLOCK_N)
+    grad = _load_row(grads, row_tile, N, BLOCK_N)
 
-    # two numbers, because in their sum log_sum would be rounded like a large center
-    toward = -tl.exp(logits - center[:, None] - log_sum[:, None])
+    # log_sum apart: one number for both would round it as a large center is rounded
+    toward = -tl.exp(distance - _load_row(log_sums, row_tile, N, BLOCK_N)[:, None])
     if softcap is not None:
         capped = logits / softcap
         toward *= 1 - capped * capped
-    is_target = columns[None, :] == target[:, None]
-    gradient = tl.where(is_target, target_factor[:, None], toward) * grad[:, None]
+    gradient = tl.where(columns[None, :] == target[:, None], target_factor[:, None], toward) * grad[:, None]
     _store_tile(by_logits, by_logits_stride, gradient, row_tile, column_tile, N, BLOCK_N, BLOCK_V)
