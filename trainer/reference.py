@@ -1,7 +1,7 @@
 """Explain a file of reference log-probs: `python -m trainer.reference --check FILE [--model DIR [--data F ...]]`.
 
 Says what the file's header means, how much is in it and whether it is whole. With --model: whether these weights made
-it. With --data too: how many of the rows' completions it holds; some of them are scored again and compared.
+it. With --data too: how many of the rows' completions it holds; a few of them are scored again and compared.
 Exit code 0 when all is well, 2 with one line when the file is damaged or belongs to something else.
 """
 
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-length", type=int, default=data["max_length"], help="as data.max_length of the run")
     parser.add_argument("--overlong", choices=OVERLONG, default=data["overlong"], help="as data.overlong of the run")
     parser.add_argument("--chat-template", metavar="F", help="as data.chat_template of the run")
-    parser.add_argument("--rescore", type=int, default=4, metavar="N", help="rows to score again (default 4)")
+    parser.add_argument("--rescore", type=int, default=4, metavar="N", help="pairs to score again (default 4)")
     args = parser.parse_args(argv)
     if args.data and not args.model:
         raise UserError("--data: the tokenizer is in the model's folder; give --model too")
@@ -113,8 +113,7 @@ def read_groups(files: Sequence[str], model_dir: str, options: EncodeOptions) ->
     groups, report = encode_records(records, load_tokenizer(model_dir), template, options)
     for line in report.lines():
         print(f"  {line}")
-    if groups:
-        check_vocabulary(groups, ModelConfig.from_folder(model_dir), model_dir)
+    check_vocabulary(groups, ModelConfig.from_folder(model_dir), model_dir)
     return groups
 
 
