@@ -14,11 +14,12 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint import load as dcp_load
 
 from trainer import checkpoint
-from trainer.checkpoint import Manifest, read_manifest, remove_old, replace_folder
+from trainer.checkpoint import Manifest, find_damage, read_manifest, remove_old, replace_folder
 from trainer.errors import CheckpointError, RunError
 from trainer.models.decoder import Decoder
-from trainer.models.hf_weights import iter_weights, load_decoder, write_safetensors
+from trainer.models.hf_weights import iter_weights, load_decoder
 from trainer.optim import MasterWeights
+from trainer.tensor_files import write_safetensors
 
 MANIFEST = Manifest(
     step=7, config="[run]\n", data_digest="d", weights_digest="w", world_size=1, threads=2, choices={"impl": "cpu"}
@@ -48,7 +49,7 @@ class State:
 
 
 def save(folder: Path, state: State) -> None:
-    checkpoint.save(folder, MANIFEST, state.masters.named(), state.optimizer)
+    checkpoint.save(folder, MANIFEST, checkpoint.state_of(state.masters.named(), state.optimizer))
 
 
 def load(folder: Path, state: State) -> None:
@@ -123,10 +124,10 @@ def _measure_save(out: Path) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    checkpoint.save(out / "warm", MANIFEST, [("w0", model["w0"])], optimizer)
+    checkpoint.save(out / "warm", MANIFEST, checkpoint.state_of([("w0", model["w0"])], optimizer))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
-    checkpoint.save(out / "step_1", MANIFEST, model.items(), optimizer)
+    checkpoint.save(out / "step_1", MANIFEST, checkpoint.state_of(model.items(), optimizer))
     (out / "memory").write_text(json.dumps([before, _status("VmHWM")]))
 
 
@@ -162,10 +163,10 @@ def test_a_failed_save_names_the_reason_and_leaves_what_was_there(
 ) -> None:
     before = contents(saved.parent)
 
-    def refuse(path: Path) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "hash_file", refuse)
+    monkeypatch.setattr(checkpoint, "write_parts", refuse)
     with pytest.raises(
         RunError, match="step_7: the checkpoint cannot be written \\(No space left on device\\); earlier"
     ):
@@ -238,17 +239,24 @@ def test_a_folder_that_is_no_whole_checkpoint_is_named(kind: str, saved: Path) -
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.999])
-def test_a_flipped_bit_is_found_before_anything_is_loaded(
-    name: str, place: float, saved: Path, tiny_model_dir: Path
-) -> None:
+def test_a_flipped_bit_is_found_by_the_rank_that_hashes_the_file(name: str, place: float, saved: Path) -> None:
+    assert find_damage(saved) is None
     raw = bytearray((saved / name).read_bytes())
     raw[int(len(raw) * place)] ^= 4
     (saved / name).write_bytes(bytes(raw))
-    state, untouched = State(tiny_model_dir), State(tiny_model_dir)
-    with pytest.raises(CheckpointError, match=f"{name}: differs from its sha256 in the manifest"):
-        load(saved, state)
-    for (_, found), (_, wanted) in zip(state.masters.named(), untouched.masters.named(), strict=True):
-        assert torch.equal(found, wanted)
+    wanted = f"{name} differs from its sha256 in the manifest; resume from another step"
+    assert find_damage(saved) == wanted
+    found = [find_damage(saved, rank=rank, world_size=3) for rank in range(3)]
+    assert found == ([wanted, None, None] if name.startswith("model") else [None, wanted, None])
+
+
+@pytest.mark.parametrize("old, new", [('"step": 7', '"step": 6'), ('"data_digest": "d"', '"data_digest": "e"')])
+def test_a_changed_letter_of_the_manifest_is_found(old: str, new: str, saved: Path) -> None:
+    text = (saved / "manifest.json").read_text(encoding="utf-8")
+    assert old in text
+    (saved / "manifest.json").write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="manifest.json: differs from its own digest; resume from another step"):
+        read_manifest(saved)
 
 
 def test_a_checkpoint_of_another_dtype_or_model_is_refused(saved: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -267,7 +275,7 @@ def test_a_checkpoint_of_another_dtype_or_model_is_refused(saved: Path, tiny_mod
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(trained: State, tiny_model_dir: Path, tmp_path: Path) -> None:
     named = [(name, tensor) for name, tensor in trained.masters.named() if name != "norm.weight"]
-    checkpoint.save(tmp_path / "step_1", MANIFEST, named, trained.optimizer)
+    checkpoint.save(tmp_path / "step_1", MANIFEST, checkpoint.state_of(named, trained.optimizer))
     with pytest.raises(CheckpointError, match=r"step_1: does not fit this model \(.*model\.norm\.weight"):
         load(tmp_path / "step_1", State(tiny_model_dir))
 

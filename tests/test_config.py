@@ -158,6 +158,7 @@ BAD_ARGUMENTS = [
     ("--data.max_length=1", "data.max_length = 1: must be 2 or more"),
     ("--checkpoint.every=0", "checkpoint.every = 0: must be 1 or more"),
     ("--checkpoint.keep_last=0", "checkpoint.keep_last = 0: must be 1 or more"),
+    ("--dist.timeout_s=0", "dist.timeout_s = 0.0: must be 1 or more"),
     ("--eval.max_pairs=0", "eval.max_pairs = 0: must be 1 or more"),
     ("--run.log_every=0", "run.log_every = 0: must be 1 or more"),
     ("--run.threads=0", "run.threads = 0: must be 1 or more"),
@@ -302,10 +303,10 @@ def test_every_key_survives_toml_with_a_value_that_is_not_its_default() -> None:
         "reference": {"mode": "model", "path": "R", "cache_dir": "rc", "cache_file": "f"},
         "kernels": {"impl": "cpu", "attention": "merge", "stash": True, "matmul": "highest"},
         "eval": {"every": 4, "max_pairs": 6},
-        "checkpoint": {"every": 1, "keep_last": 1},
+        "checkpoint": {"every": 1, "keep_last": 1, "asynchronous": False},
         "run": {"dir": "d", "resume": "never", "log_every": 2, "progress": False, "tensorboard": "off", "device": "cpu",
                 "threads": 2, "export": False},
-        "dist": {"strategy": "fsdp", "replicas": 2, "grad_sync": "last", "cpu_offload": True},
+        "dist": {"strategy": "fsdp", "replicas": 2, "grad_sync": "last", "cpu_offload": True, "timeout_s": 30.0},
     }  # fmt: skip
     not_for_dpo = {"orpo_nll", "simpo_gamma", "cpo_alpha"}
     assert {name for section in SECTIONS for name in to_tables(from_tables(tables))[section]} == not_for_dpo | {

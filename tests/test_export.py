@@ -140,7 +140,7 @@ def test_a_failed_export_leaves_the_old_one_whole(
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module, "write_safetensors", refuse)
+    monkeypatch.setattr(export_module, "SafetensorsWriter", refuse)
     with pytest.raises(
         RunError, match="export: the export cannot be written \\(No space left on device\\); free space"
     ):

@@ -1,21 +1,19 @@
-"""Hugging Face weight folders: what is read, what is refused, and a writer that keeps no second copy."""
+"""Hugging Face weight folders: what is read and what is refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from model_fixtures import random_decoder, random_group, tiny_config
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.batch import build_stream
 from trainer.errors import ModelError
 from trainer.models.decoder import Decoder
-from trainer.models.hf_weights import INDEX_FILE, SINGLE_FILE, hf_name, load_decoder, weight_files, write_safetensors
+from trainer.models.hf_weights import INDEX_FILE, SINGLE_FILE, hf_name, load_decoder, weight_files
+from trainer.tensor_files import write_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW_CONFIG = {
@@ -200,60 +198,6 @@ def test_bad_index(index: str, tensors: dict[str, Tensor], tmp_path: Path) -> No
     assert INDEX_FILE in refused(tmp_path)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def mixed_tensors() -> dict[str, Tensor]:
-    """Every dtype of a checkpoint, in an order that would put wide numbers at odd places, and views of all kinds."""
-    generator = torch.Generator().manual_seed(0)
-    numbers = torch.randn(5, 7, generator=generator)
-    return {
-        "bytes": torch.arange(5, dtype=torch.uint8),
-        "half": numbers.half(),
-        "transposed": numbers.T,
-        "wide": numbers.double(),
-        "scalar": torch.tensor(3.5),
-        "empty": torch.empty(0, 4),
-        "brain": numbers.bfloat16(),
-        "part": numbers[1:3, ::2],
-        "counts": torch.tensor([2**40, -1]),
-        "parameter": torch.nn.Parameter(numbers),
-    }
-
-
-def test_written_tensors_are_read_back_bit_for_bit(tmp_path: Path) -> None:
-    tensors = mixed_tensors()
-    write_safetensors(tmp_path / "x.safetensors", tensors.items())
-    found = load_file(tmp_path / "x.safetensors")
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(found[name], tensor), name
-    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}  # transformers refuses files without it
-
-
-def test_every_tensor_lies_at_a_multiple_of_its_item_size(tmp_path: Path) -> None:
-    tensors = mixed_tensors()
-    write_safetensors(tmp_path / "x.safetensors", tensors.items())
-    raw = (tmp_path / "x.safetensors").read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + size])
-    assert size % 8 == 0
-    for name, tensor in tensors.items():
-        assert header[name]["data_offsets"][0] % tensor.element_size() == 0, name
-
-
-def test_dtype_converts_floating_point_only(tmp_path: Path) -> None:
-    tensors = mixed_tensors()
-    write_safetensors(tmp_path / "x.safetensors", tensors.items(), dtype=torch.bfloat16)
-    found = load_file(tmp_path / "x.safetensors")
-    for name, tensor in tensors.items():
-        expected = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-        assert found[name].dtype == expected.dtype
-        assert torch.equal(found[name], expected), name
-
-
 def test_write_then_load(tmp_path: Path) -> None:
     model = random_decoder(tiny_config())
     write_folder(tmp_path, {})
@@ -261,31 +205,3 @@ def test_write_then_load(tmp_path: Path) -> None:
     stream = build_stream([random_group((4, 3, 5))])
     with torch.no_grad():
         assert torch.equal(load_decoder(tmp_path)(stream), model(stream))
-
-
-WRITE_AND_MEASURE = """
-import sys, torch
-from trainer.metrics import peak_memory_mib
-from trainer.models.hf_weights import write_safetensors
-tensors = [(f"t{i}", torch.ones(2**24)) for i in range(4)]
-write_safetensors(sys.argv[1], [("warm", torch.ones(8))], dtype=torch.bfloat16)
-for dtype in (torch.float32, torch.bfloat16):
-    before = peak_memory_mib()
-    write_safetensors(sys.argv[1], tensors, dtype=dtype)
-    print(peak_memory_mib() - before)
-"""
-
-
-def test_no_second_copy_in_memory(tmp_path: Path) -> None:
-    """Four float32 tensors of 64 MiB in a process of its own; converted ones have 32, of which one is held at a time.
-
-    (Smaller ones would show what malloc keeps for later rather than what is held.)
-    """
-    path = tmp_path / "x.safetensors"
-    command = [sys.executable, "-c", WRITE_AND_MEASURE, str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    as_they_are, converted = (float(line) for line in done.stdout.split())
-    assert path.stat().st_size > 4 * 2**24 * torch.bfloat16.itemsize
-    assert as_they_are <= 2
-    assert converted <= 1.5 * 32
-    path.unlink()

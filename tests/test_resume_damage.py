@@ -86,17 +86,42 @@ def test_the_checkpoint_a_run_went_back_from_is_not_kept_in_place_of_a_new_one(
     assert rows(folder) == unbroken.rows and steps(folder) == ["step_4"]
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_found(
-    partial_run: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = partial_run / "checkpoints" / "step_2" / "optimizer.safetensors"
+def flip_bit(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(bytes(raw))
+
+
+def test_a_flipped_bit_is_named_and_the_older_checkpoint_taken(
+    partial_run: Path, tiny_model_dir: Path, unbroken: Unbroken, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = partial_run / "checkpoints" / "step_2"
+    flip_bit(newest / "optimizer.safetensors")
+    assert run_here(arguments(partial_run, tiny_model_dir, *HELD_OUT)) == 0
+    said = capsys.readouterr()
+    warning = "optimizer.safetensors differs from its sha256 in the manifest; resume from another step"
+    assert f"passed over: {newest}: {warning}\n" in said.err
+    assert f"resuming from {partial_run}/checkpoints/step_1 at step 1 of 4" in said.out
+    assert_same(partial_run, unbroken)
+
+
+def test_no_whole_checkpoint_left_or_the_named_one_damaged(
+    partial_run: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = partial_run / "checkpoints"
+    for step in ("step_1", "step_2"):
+        flip_bit(folder / step / "model.safetensors")
     before = contents(partial_run)
     assert run_here(arguments(partial_run, tiny_model_dir, *HELD_OUT)) == 2
+    *passed_over, line = capsys.readouterr().err.splitlines()
+    assert [text.partition(": model")[0] for text in passed_over] == [
+        f"passed over: {folder}/step_2",
+        f"passed over: {folder}/step_1",
+    ]
+    assert line.startswith(f"error: {folder}: none of its 2 checkpoints is whole; move them away to start over")
+    assert run_here(arguments(partial_run, tiny_model_dir, *HELD_OUT, f"run.resume={folder}/step_2")) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"error: {path}: differs from its sha256 in the manifest; resume from another step"
+    assert line.startswith(f"error: {folder}/step_2: model.safetensors differs from its sha256 in the manifest")
     assert contents(partial_run) == before
 
 
@@ -158,7 +183,7 @@ def test_a_disk_full_at_the_export(tiny_model_dir: Path, tmp_path: Path, unbroke
 
 def test_a_disk_full_at_a_row_of_metrics(tiny_model_dir: Path, tmp_path: Path, unbroken: Unbroken) -> None:
     folder = tmp_path / "run"
-    argv = arguments(folder, tiny_model_dir, *HELD_OUT)
+    argv = arguments(folder, tiny_model_dir, *HELD_OUT, "checkpoint.asynchronous=false")
     size = (unbroken.folder / "metrics.jsonl").stat().st_size
     assert run_child(argv, tmp_path / "out", limit_at=("os.rename checkpoints/step_3.tmp", size - 300)) == 1
     assert_stopped_in_one_line(tmp_path / "out", "metrics.jsonl: step 4 cannot be written", "free space and start")

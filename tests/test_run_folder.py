@@ -12,7 +12,7 @@ import pytest
 
 from trainer.checkpoint import Manifest, read_manifest
 from trainer.errors import CheckpointError, RunError
-from trainer.run_folder import RunLock, ensure_writable, find_latest_checkpoint, remove_leftovers, require_free_space
+from trainer.run_folder import RunLock, ensure_writable, find_checkpoints, remove_leftovers, require_free_space
 
 ROOT = Path(__file__).parent.parent
 HOLDER = """
@@ -100,17 +100,17 @@ def test_half_written_folders_go_and_half_replaced_ones_come_back(tmp_path: Path
 # --- the newest checkpoint -------------------------------------------------------------------------------------------
 
 
-def test_no_checkpoint_is_none(tmp_path: Path) -> None:
-    assert find_latest_checkpoint(tmp_path) is None
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert find_checkpoints(tmp_path) == []
     (tmp_path / "checkpoints" / "step_3.tmp").mkdir(parents=True)
     (tmp_path / "checkpoints" / "other").mkdir()
-    assert find_latest_checkpoint(tmp_path) is None
+    assert find_checkpoints(tmp_path) == []
 
 
-def test_newest_is_by_number_not_by_name(tmp_path: Path) -> None:
+def test_newest_first_is_by_number_not_by_name(tmp_path: Path) -> None:
     for step in (9, 10, 2):
         write_step(tmp_path, step)
-    assert find_latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_10"
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step_10", "step_9", "step_2"]
 
 
 def damage_no_manifest(folder: Path) -> None:
@@ -135,11 +135,11 @@ def test_a_damaged_checkpoint_is_named_and_the_next_taken(tmp_path: Path, damage
     older, newer = write_step(tmp_path, 5), write_step(tmp_path, 10)
     damage(newer)
     said: list[str] = []
-    assert find_latest_checkpoint(tmp_path, warn=said.append) == older
+    assert find_checkpoints(tmp_path, warn=said.append) == [older]
     assert len(said) == 1 and said[0].startswith(f"passed over: {newer}")
     damage(older)
     with pytest.raises(CheckpointError, match="none of its 2 checkpoints is whole") as caught:
-        find_latest_checkpoint(tmp_path, warn=said.append)
+        find_checkpoints(tmp_path, warn=said.append)
     assert "\n" not in str(caught.value)
 
 

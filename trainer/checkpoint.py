@@ -4,28 +4,36 @@
            optimizer.safetensors   exp_avg.<name>, exp_avg_sq.<name>, step.<name>
            manifest.json           written last: the commit mark; step, digests, config, choices, every file's sha256
 
+Where n ranks each hold rows of the tensors, each writes its own model-00001-of-0000n.safetensors and
+optimizer-00001-of-0000n.safetensors; whatever wrote a checkpoint, any number of ranks reads it, each its own rows.
+
 Written to `step_N.tmp`, then renamed. Tensors are streamed one at a time, so a save needs no second copy of weights or
 optimizer. torch's HuggingFaceStorageWriter makes the same kind of file but builds each file in memory first;
 HuggingFaceStorageReader reads these (tests/test_checkpoint.py). There is no state of random numbers to keep, on a CPU
 or a GPU: no step draws one.
 """
 
+import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_tools.disk import sync
 from data_tools.file_digests import hash_file
+from trainer import dist
 from trainer.errors import CheckpointError, RunError
-from trainer.models.hf_weights import hf_name, write_safetensors
+from trainer.models.hf_weights import hf_name
 from trainer.optim import AdamW
+from trainer.parts import Part, local, part_of
+from trainer.tensor_files import RowReader, write_parts
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -51,29 +59,113 @@ class Manifest:
     torch: str = torch.__version__
 
 
-def save(folder: Path, manifest: Manifest, named_masters: Iterable[tuple[str, Tensor]], optimizer: AdamW) -> None:
-    """Write `folder` (…/step_N), whole or not at all. Raises RunError when the disk refuses; older steps stay whole."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    masters = [(hf_name(name), tensor) for name, tensor in named_masters]
-    moments = [
-        (f"{key}.{name}", optimizer.state[tensor][key])
-        for name, tensor in masters
-        for key in sorted(optimizer.state[tensor])
-    ]
+class Writers(NamedTuple):
+    """Which ranks write a checkpoint: this one is number `number` of `count`, from 0; None: it writes nothing."""
+
+    number: int | None = 0
+    count: int = 1
+
+
+WHOLE = Writers()
+"""Rank 0 holds everything and writes it alone."""
+
+
+class State(NamedTuple):
+    """This rank's rows of what a checkpoint holds."""
+
+    model: list[Part]
+    optimizer: list[Part]
+
+
+def state_of(named_masters: Iterable[tuple[str, Tensor]], optimizer: AdamW) -> State:
+    """Masters and optimizer state as they are in memory, not copies; names as in the files.
+
+    A sharded master's moments are this rank's rows of them, as plain tensors.
+    """
+    state = State([], [])
+    for name, tensor in named_masters:
+        part = part_of(hf_name(name), tensor)
+        state.model.append(part)
+        for key, value in sorted(optimizer.state[tensor].items()):
+            whole = value.ndim == 0  # the number of updates, which every rank has
+            own = local(value).detach()
+            shape, start = ((), 0) if whole else (part.shape, part.start)
+            state.optimizer.append(Part(f"{key}.{part.name}", own, shape, start))
+    return state
+
+
+def save(
+    folder: Path, manifest: Manifest, state: State, *, writers: Writers = WHOLE, group: dist.SideGroup = None
+) -> None:
+    """Write `folder` (…/step_N), whole or not at all. Every rank calls it, with what it holds.
+
+    group: where the ranks meet; a background thread must not use the main one. Raises RunError on every rank when the
+    disk refuses one of them; older steps stay whole.
+    """
+    temporary, problem = folder, None
+    if dist.is_main():
+        # Rank 0 alone holds the run's lock. A rank of a dead run that still writes must not get into this run's folder:
+        # where several write, its name is one that no other run knows.
+        mark = f".{secrets.token_hex(4)}" if writers.count > 1 else ""
+        temporary = folder.with_name(f"{folder.name}{mark}.tmp")
+        problem = refusal(lambda: make_empty(temporary))
+    temporary, problem = dist.broadcast_object((temporary, problem), group)
+    files: dict[str, object] = {}
+    if problem is None and writers.number is not None:
+        problem = refusal(lambda: files.update(_write_files(temporary, state, writers)))
+    everywhere = dist.gather_objects((files, problem), group)
+    problem = next((text for _, text in everywhere if text is not None), None)
+    if dist.is_main():
+        files = {name: entry for part, _ in everywhere for name, entry in part.items()}
+        problem = problem or refusal(lambda: _commit(temporary, folder, manifest, files))
+        if problem is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    problem = dist.broadcast_object(problem, group)
+    if problem is not None:
+        problem = f"the checkpoint cannot be written ({problem}); earlier ones are whole"
+        raise RunError(folder, f"{problem}: free space and resume")
+
+
+def refusal(act: Callable[[], object]) -> str | None:
+    """Call `act`; why the disk refused it, or None."""
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files = {}
-        for name, tensors in (("model.safetensors", masters), ("optimizer.safetensors", moments)):
-            write_safetensors(temporary / name, tensors)
-            files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": hash_file(temporary / name)}
-        content = {**vars(manifest), "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        replace_folder(temporary, folder)
+        act()
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        problem = f"the checkpoint cannot be written ({error.strerror or error}); earlier ones are whole"
-        raise RunError(folder, f"{problem}: free space and resume") from None
+        return error.strerror or str(error)
+    return None
+
+
+def make_empty(folder: Path) -> None:
+    """An empty `folder`, whatever was there. Raises OSError."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_files(folder: Path, state: State, writers: Writers) -> dict[str, object]:
+    """This rank's files and their entries in the manifest."""
+    files, sharded = {}, writers.count > 1
+    for kind, parts in state._asdict().items():
+        name, own = f"{kind}.safetensors", parts
+        if sharded:
+            name = f"{kind}-{writers.number + 1:05d}-of-{writers.count:05d}.safetensors"
+            # what a later rank holds whole, the first one holds too
+            own = [part for part in parts if writers.number == 0 or tuple(part.tensor.shape) != part.shape]
+            own = [part for part in own if part.tensor.numel()]
+        files[name] = write_parts(folder / name, own, sharded=sharded)
+    return files
+
+
+def _commit(temporary: Path, folder: Path, manifest: Manifest, files: dict[str, object]) -> None:
+    """Write the manifest and give the folder its name."""
+    content = {**vars(manifest), "files": files}
+    content["digest"] = _digest(content)
+    (temporary / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    replace_folder(temporary, folder)
+
+
+def _digest(content: dict[str, object]) -> str:
+    """Of a manifest itself, in hex."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
@@ -98,6 +190,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(folder, f"has no {MANIFEST}: not a complete checkpoint; resume from another step")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        digest = raw.pop("digest", None)
+        changed = digest is not None and _digest(raw) != digest
         version, files = raw.pop("format"), raw.pop("files")
         sizes = {name: entry["bytes"] for name, entry in files.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -113,6 +207,8 @@ def read_manifest(folder: Path) -> Manifest:
     for name, kind, text in (("step", int, "a whole number"), ("config", str, "text"), ("choices", dict, "an object")):
         if not isinstance(getattr(manifest, name), kind):
             raise CheckpointError(path, f"{name!r} must be {text}; resume from another step")
+    if changed:
+        raise CheckpointError(path, "differs from its own digest; resume from another step")
     for name, size in sizes.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
@@ -120,36 +216,38 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def find_damage(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | None:
+    """Compare files with their sha256 in the manifest, each rank its share of them; what is wrong, or None.
+
+    `read_manifest` has been through this folder.
+    """
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    for name in sorted(files)[rank::world_size]:
+        try:
+            if hash_file(folder / name) != files[name]["sha256"]:
+                return f"{name} differs from its sha256 in the manifest; resume from another step"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror}); resume from another step"
+    return None
+
+
 @torch.no_grad()
 def load(folder: Path, named_masters: Iterable[tuple[str, Tensor]], optimizer: AdamW) -> None:
-    """Copy weights and optimizer state into place, one tensor at a time, after checking every file's sha256."""
+    """Copy this rank's rows of weights and optimizer state into place, one tensor at a time; every rank may have other
+    rows than when they were saved. Raises CheckpointError. Digests are for `find_damage`, before this.
+    """
+    named = list(named_masters)
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    for name, entry in files.items():
-        if hash_file(folder / name) != entry["sha256"]:
-            raise CheckpointError(folder / name, "differs from its sha256 in the manifest; resume from another step")
-    masters = [(hf_name(name), tensor) for name, tensor in named_masters]
-    try:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            for name, tensor in masters:
-                tensor.copy_(_matching(file.get_tensor(name), tensor, folder, name))
-        with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
-            for name, tensor in masters:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                state = {key: file.get_tensor(f"{key}.{name}").to(tensor.device) for key in keys}
-                for key in ("exp_avg", "exp_avg_sq"):
-                    _matching(state[key], tensor, folder, f"{key}.{name}")
-                optimizer.state[tensor] = state
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(folder, f"does not fit this model ({error})") from None
-
-
-def _matching(found: Tensor, wanted: Tensor, folder: Path, name: str) -> Tensor:
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        raise CheckpointError(
-            folder,
-            f"tensor {name!r} is {tuple(found.shape)} {found.dtype}, this run has {tuple(wanted.shape)} {wanted.dtype}",
-        )
-    return found
+    for _, tensor in named:
+        like = local(tensor)
+        optimizer.state[tensor] = {
+            "step": torch.zeros((), dtype=torch.float32, device=like.device),
+            "exp_avg": torch.empty_like(like),
+            "exp_avg_sq": torch.empty_like(like),
+        }
+    with RowReader(folder, [folder / name for name in files]) as reader:
+        for part in (part for parts in state_of(named, optimizer) for part in parts):
+            reader.read(part)
 
 
 def remove_old(checkpoints: Path, keep_last: int, *, step: int) -> None:

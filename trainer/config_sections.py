@@ -265,6 +265,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step always leaves one."""
     keep_last: int = 2
     """Older checkpoints than the last so many are removed."""
+    asynchronous: bool = True
+    """Save from a copy in CPU memory while training goes on; false: training waits, nothing is copied."""
 
     def check(self) -> None:
         self.require_at_least(1, "every", "keep_last")
@@ -311,9 +313,11 @@ class DistConfig(Section):
     """With fsdp: sum gradients after every micro-batch (less memory) or after a step's last (less traffic)."""
     cpu_offload: bool = False
     """With fsdp on a GPU: keep sharded weights and optimizer in CPU memory."""
+    timeout_s: float = 600.0
+    """Seconds that a rank waits for another one before the run ends."""
 
     def check(self) -> None:
-        self.require_at_least(1, "replicas")
+        self.require_at_least(1, "replicas", "timeout_s")
         for name in ("replicas", "grad_sync", "cpu_offload"):
             unused = self.strategy != "replicas" or getattr(self, name) == section_defaults(DistConfig)[name]
             self.require(unused, name, "is not used by dist.strategy = replicas; leave it out")

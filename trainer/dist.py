@@ -3,7 +3,7 @@ process group."""
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -167,6 +167,31 @@ def gather_objects(value: object, group: SideGroup = None) -> list:
     gathered: list = [None] * world_size()
     torch_dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def gather_rows(rows: Tensor, shape: Sequence[int], held: Sequence[tuple[int, int]]) -> Tensor | None:
+    """A tensor of `shape` on rank 0, from the rows that the ranks hold; None on the others.
+
+    rows: this rank's, in CPU memory. held: (first row, number of rows) of every rank; what several ranks hold, the
+    lowest of them sends.
+    """
+    senders, next_row = [], 0
+    for sender, (start, count) in sorted(enumerate(held), key=lambda item: (item[1][0], item[0])):
+        if start == next_row and count:
+            senders.append((sender, start, count))
+            next_row += count
+    assert next_row == shape[0], f"{next_row} of {shape[0]} rows are held"
+    if senders == [(0, 0, shape[0])]:
+        return rows if is_main() else None
+    whole = torch.empty(*shape, dtype=rows.dtype) if is_main() else None
+    for sender, start, count in senders:
+        if whole is not None and sender == 0:
+            whole[start : start + count] = rows
+        elif whole is not None:
+            torch_dist.recv(whole[start : start + count], src=sender)
+        elif sender == rank():
+            torch_dist.send(rows.contiguous(), dst=0)
+    return whole
 
 
 def first_failure(message: str | None, group: SideGroup = None) -> str | None:

@@ -1,17 +1,24 @@
-"""Write the trained model as a Hugging Face folder: weights one tensor at a time, everything else byte for byte."""
+"""Write the trained model as a Hugging Face folder: weights one tensor at a time, everything else byte for byte.
+
+Every rank takes part. The rows of a sharded tensor meet on rank 0, are written and are gone before the next tensor, so
+no rank ever holds the whole model.
+"""
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.checkpoint import replace_folder
-from trainer.errors import RunError
-from trainer.models.hf_weights import INDEX_FILE, SINGLE_FILE, hf_name, weight_files, write_safetensors
+from trainer import dist
+from trainer.checkpoint import make_empty, refusal, replace_folder
+from trainer.errors import ModelError, RunError
+from trainer.models.hf_weights import INDEX_FILE, SINGLE_FILE, hf_name, weight_files
+from trainer.parts import Part, parts_of
+from trainer.tensor_files import DTYPES, Entry, SafetensorsWriter, widest_first
 
 MAX_FILE_BYTES = 5_000_000_000
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -19,56 +26,104 @@ COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NO
 
 
 def export(named_tensors: Iterable[tuple[str, Tensor]], *, source: str | Path, folder: Path) -> None:
-    """Write `folder`, whole or not at all: the weights in the dtype `source` stores them in, its config and tokenizer.
+    """Write `folder`, whole or not at all: each weight in the dtype `source` stores it in, its config and tokenizer.
 
-    named_tensors: decoder names with float32 (or bf16) tensors. Raises RunError when the disk refuses.
+    named_tensors: decoder names with float32 (or bf16) tensors, on every rank, sharded or not. Raises RunError on every
+    rank when the disk refuses, ModelError where `planned_entries` does.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    dtype = stored_dtype(source)
-    shards = _shards([(hf_name(name), tensor) for name, tensor in named_tensors], dtype)
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for pattern in COPIED:
-            for path in Path(source).glob(pattern):
-                if path.name != INDEX_FILE:
-                    shutil.copyfile(path, temporary / path.name)
-        weight_map = {}
-        for number, shard in enumerate(shards, start=1):
-            name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(temporary / name, shard, dtype=dtype)
-            weight_map |= {tensor_name: name for tensor_name, _ in shard}
-        if len(shards) > 1:
-            total = sum(tensor.numel() for shard in shards for _, tensor in shard) * dtype.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (temporary / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
-        replace_folder(temporary, folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(
-            folder, f"the export cannot be written ({error.strerror or error}); free space and start the run again"
-        ) from None
+    parts = {part.name: part for part in parts_of((hf_name(name), tensor) for name, tensor in named_tensors)}
+    entries = planned_entries(parts.values(), source)
+    tensors = _whole_tensors(parts, entries)
+    problem = None
+    if dist.is_main():
+        temporary = folder.with_name(folder.name + ".tmp")
+        problem = refusal(lambda: _write(temporary, folder, Path(source), entries, tensors))
+        if problem is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    for _ in tensors:  # what the others send: all of it on these ranks, the rest of it where the disk refused
+        pass
+    problem = dist.broadcast_object(problem)
+    if problem is not None:
+        raise RunError(folder, f"the export cannot be written ({problem}); free space and start the run again")
 
 
-def stored_dtype(folder: str | Path) -> torch.dtype:
-    """The dtype of a folder's first weight matrix, which an export of that model keeps."""
+def planned_entries(parts: Iterable[Part], source: str | Path) -> list[Entry]:
+    """The tensors that an export will hold, in the order of its files, with the dtypes in `source`.
+
+    Called before training, too: raises ModelError unless names and shapes are those of the folder the model came from.
+    """
+    stored, entries = _headers(source), []
+    for part in parts:
+        if part.name not in stored:
+            raise ModelError(source, f"has no tensor {part.name!r}, which this model would export; use matching files")
+        shape, dtype = stored.pop(part.name)
+        if shape != part.shape or dtype is None or not dtype.is_floating_point:
+            problem = f"tensor {part.name!r} is {shape} {dtype}, this model would export {part.shape}"
+            raise ModelError(source, f"{problem}; use matching files")
+        entries.append(Entry(part.name, dtype, shape))
+    # a tied head stored twice, or a constant that old exports carry
+    left = [name for name in stored if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
+    if left:
+        raise ModelError(source, f"tensor {left[0]!r} would be missing from the export; use matching files")
+    return widest_first(entries)
+
+
+def _headers(folder: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Shape and dtype (None: one we do not write) of every tensor of a folder; reads none. Raises ModelError."""
+    found = {}
     for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                if len(file.get_slice(name).get_shape()) == 2:
-                    return file.get_slice(name)[:1].dtype
-    return torch.float32
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    header = file.get_slice(name)
+                    found[name] = (tuple(header.get_shape()), DTYPES.get(header.get_dtype()))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(path, f"is not a whole safetensors file ({error}); copy it again") from None
+    return found
 
 
-def _shards(tensors: list[tuple[str, Tensor]], dtype: torch.dtype) -> list[list[tuple[str, Tensor]]]:
-    """Tensors in order, cut into files of at most MAX_FILE_BYTES (a larger tensor stands alone)."""
-    shards: list[list[tuple[str, Tensor]]] = [[]]
+def _whole_tensors(parts: dict[str, Part], entries: list[Entry]) -> Iterator[Tensor | None]:
+    """Each entry's tensor in CPU memory on rank 0, None on the others; every rank must go through to the end."""
+    held = dist.gather_objects({name: (part.start, len(part.tensor)) for name, part in parts.items()})
+    for name, dtype, shape in entries:
+        own = parts[name].tensor.to(device="cpu", dtype=dtype)
+        yield dist.gather_rows(own, shape, [ranges[name] for ranges in held])
+
+
+def _write(temporary: Path, folder: Path, source: Path, entries: list[Entry], tensors: Iterator[Tensor | None]) -> None:
+    """Rank 0's part of an export. Raises OSError."""
+    make_empty(temporary)
+    for pattern in COPIED:
+        for path in source.glob(pattern):
+            if path.name != INDEX_FILE:
+                shutil.copyfile(path, temporary / path.name)
+    weight_map = {}
+    files = _cut(entries)
+    for number, own in enumerate(files, start=1):
+        name = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        with SafetensorsWriter(temporary / name, own) as writer:
+            for entry in own:
+                writer.write(next(tensors))
+                weight_map[entry.name] = name
+    if len(files) > 1:
+        total = sum(_bytes(entry) for entry in entries)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    replace_folder(temporary, folder)
+
+
+def _cut(entries: list[Entry]) -> list[list[Entry]]:
+    """Entries in order, cut into files of at most MAX_FILE_BYTES (a larger tensor stands alone)."""
+    files: list[list[Entry]] = [[]]
     size = 0
-    for name, tensor in tensors:
-        own = tensor.numel() * dtype.itemsize
-        if shards[-1] and size + own > MAX_FILE_BYTES:
-            shards.append([])
+    for entry in entries:
+        if files[-1] and size + _bytes(entry) > MAX_FILE_BYTES:
+            files.append([])
             size = 0
-        shards[-1].append((name, tensor))
-        size += own
-    return shards
+        files[-1].append(entry)
+        size += _bytes(entry)
+    return files
+
+
+def _bytes(entry: Entry) -> int:
+    return torch.Size(entry.shape).numel() * entry.dtype.itemsize

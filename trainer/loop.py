@@ -7,7 +7,7 @@ backward), clip, update, one row of metrics.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ from trainer.numerics import COMPUTE_DTYPES, STEP0_TOLERANCE
 from trainer.objective import Counts, Objective, group_weights
 from trainer.optim import AdamW, MasterWeights, clip_by_global_norm, learning_rate_at
 from trainer.reference_cache import ReferenceCache
+from trainer.saver import Saver
+from trainer.stop import LONG_STEP_S, StopRequest
 
 
 @dataclass
@@ -49,6 +51,9 @@ class Run:
     total_steps: int
     step: int = 0
     """Updates done."""
+    step_s: float = math.inf
+    """Seconds that the last step took, the same number on every rank; before the first, nobody knows."""
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def folder(self) -> Path:
@@ -58,6 +63,14 @@ class Run:
     def device(self) -> torch.device:
         """Where the model computes."""
         return dist.choose_device(self.config.run.device)
+
+    @property
+    def writers(self) -> checkpoint.Writers:
+        """Of a sharded model, each rank of the first copy writes its own rows; else rank 0 writes everything."""
+        if not self.masters.sharded:
+            return checkpoint.Writers(0 if dist.is_main() else None)
+        count = dist.world_size() // self.config.dist.replicas
+        return checkpoint.Writers(dist.rank() if dist.rank() < count else None, count)
 
     def sum_over_shards(self, value: float) -> float:
         """Each rank's `value`, summed over the ranks that hold one copy of a sharded model between them."""
@@ -74,11 +87,14 @@ class Run:
 
 
 def train(run: Run, metrics: MetricsWriter | None) -> None:
-    """Train to `run.total_steps`, then save and export. Rank 0 passes the writer of metrics, the others None."""
+    """Train to `run.total_steps` and save. Rank 0 passes the writer of metrics, the others None.
+
+    Ends earlier, with `run.stop.agreed` and a checkpoint of the last whole step, once somebody asked `run.stop`.
+    """
     config = run.config
     health = Health(beta=config.loss.beta if run.objective.needs_reference else None)
-    if metrics is not None:
-        remove_old_checkpoints(run)
+    if metrics is not None:  # what a kill left between a save and the removal of older ones
+        checkpoint.remove_old(run.folder / "checkpoints", config.checkpoint.keep_last, step=run.step)
     bar = tqdm(
         total=run.total_steps,
         initial=run.step,
@@ -86,29 +102,35 @@ def train(run: Run, metrics: MetricsWriter | None) -> None:
         disable=metrics is None or not config.run.progress or None,  # None: only on a terminal
         dynamic_ncols=True,
     )
-    while run.step < run.total_steps:
-        if dist.launcher_is_gone():
-            raise TrainingStopped(f"{run.folder}: torchrun is gone; start the same command again to resume")
-        row = train_step(run)
-        last = run.step == run.total_steps
-        evaluated = bool(run.eval_groups) and (last or (config.eval.every and run.step % config.eval.every == 0))
-        if evaluated:
-            row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
-        if metrics is not None:
-            if last or evaluated or run.step % config.run.log_every == 0:
-                metrics.write(row)
-            for warning in health.check(row):
-                tqdm.write(f"health: {warning}")
-            bar.update()
-            bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {row[name]:.4g}" for name in health.shown(row)))
-        if last or run.step % config.checkpoint.every == 0:
-            save_checkpoint(run)
-    bar.close()
+    with bar, make_saver(run) as saver:
+        while run.step < run.total_steps and not run.stop.agreed:
+            row = train_step(run)
+            if row is None:
+                break
+            last = run.step == run.total_steps
+            evaluated = bool(run.eval_groups) and (last or (config.eval.every and run.step % config.eval.every == 0))
+            if evaluated:
+                row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
+            row |= saver.costs()
+            if metrics is not None:
+                if last or evaluated or run.step % config.run.log_every == 0:
+                    metrics.write(row)
+                for warning in health.check(row):
+                    tqdm.write(f"health: {warning}")
+                bar.update()
+                bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {row[name]:.4g}" for name in health.shown(row)))
+            if last or run.step % config.checkpoint.every == 0:
+                save_checkpoint(run, saver)
+        if run.stop.agreed and run.step != saver.saved_step:
+            save_checkpoint(run, saver)
     dist.barrier()
 
 
-def train_step(run: Run) -> dict[str, float]:
-    """One update; returns the row of metrics, the same numbers on every rank."""
+def train_step(run: Run) -> dict[str, float] | None:
+    """One update; returns the row of metrics, the same numbers on every rank.
+
+    Returns None, with nothing updated, where steps are long and the ranks agreed between micro-batches to stop.
+    """
     started, config = time.perf_counter(), run.config.train
     indices = run.loader.step_indices(run.step)
     counts = run.objective.count(run.loader.shard[int(index)] for index in indices)
@@ -126,6 +148,9 @@ def train_step(run: Run) -> dict[str, float]:
     mismatch = None
     micro_batches = run.loader.micro_batches(indices)
     for number, members in enumerate(micro_batches):
+        if run.step_s > LONG_STEP_S and dist.any_rank(run.stop.asked()):
+            run.stop.agreed = True
+            return None
         check_start = run.starts_at_reference and run.step == 0 and number == 0
         if run.masters.sharded:
             last = number == len(micro_batches) - 1
@@ -147,7 +172,9 @@ def train_step(run: Run) -> dict[str, float]:
     else:
         dist.sum_gradients(run.masters.masters)
         norm = clip_by_global_norm(run.masters.masters, config.max_grad_norm)
-    totals = dist.sum_over_ranks(sums | {"tokens": tokens})
+    seconds = time.perf_counter() - started
+    totals = dist.sum_over_ranks(sums | {"tokens": tokens, "stop": run.stop.asked(), "seconds": seconds})
+    run.stop.agreed, run.step_s = totals.pop("stop") > 0, totals.pop("seconds") / dist.world_size()
     if not (math.isfinite(norm) and math.isfinite(totals["loss"])):
         _stop_for_non_finite(run, norm, totals["loss"], bad_rows, indices)
     run.optimizer.lr = learning_rate
@@ -244,37 +271,31 @@ def evaluate(run: Run) -> dict[str, float]:
     return dist.sum_over_ranks(sums)
 
 
-def save_checkpoint(run: Run) -> None:
-    """Rank 0 writes `checkpoints/step_N` and removes old ones; every rank leaves together or fails together."""
-    message = None
-    if dist.is_main():
-        folder = run.folder / "checkpoints" / f"step_{run.step}"
-        manifest = checkpoint.Manifest(**{**vars(run.manifest), "step": run.step})
-        try:
-            checkpoint.save(folder, manifest, run.masters.named(), run.optimizer)
-        except RunError as error:
-            message = str(error)
-        else:
-            remove_old_checkpoints(run)
-    if (failure := dist.first_failure(message)) is not None:
-        raise TrainingStopped(failure)
+def make_saver(run: Run) -> Saver:
+    """Every rank makes one at the same point. A save that fails in the background asks the run to stop."""
+    return Saver(
+        run.folder / "checkpoints",
+        keep_last=run.config.checkpoint.keep_last,
+        asynchronous=run.config.checkpoint.asynchronous,
+        saved_step=run.step,
+        writers=run.writers,
+        timeout_s=run.config.dist.timeout_s,
+        on_failure=run.stop.ask,
+    )
 
 
-def remove_old_checkpoints(run: Run) -> None:
-    """On rank 0: after a save, and at the start for what a kill left between a save and this."""
-    checkpoint.remove_old(run.folder / "checkpoints", run.config.checkpoint.keep_last, step=run.step)
+def save_checkpoint(run: Run, saver: Saver) -> None:
+    """`checkpoints/step_N` of the present state; older ones are removed after it. Raises TrainingStopped."""
+    state = checkpoint.state_of(run.masters.named(), run.optimizer)
+    saver.save(replace(run.manifest, step=run.step), state)
 
 
 def export_model(run: Run) -> None:
-    """Rank 0 writes `export/` from the master weights; every rank leaves together or fails together."""
-    message = None
-    if dist.is_main():
-        try:
-            export(run.masters.named(), source=run.config.model.path, folder=run.folder / "export")
-        except RunError as error:
-            message = str(error)
-    if (failure := dist.first_failure(message)) is not None:
-        raise TrainingStopped(failure)
+    """`export/` from the master weights, which every rank gives its rows of. Raises TrainingStopped on every rank."""
+    try:
+        export(run.masters.named(), source=run.config.model.path, folder=run.folder / "export")
+    except RunError as error:
+        raise TrainingStopped(str(error)) from None
 
 
 def _rows_with_non_finite(groups: list[Group], stream: Stream, token_logps: Tensor) -> list[str]:

@@ -105,29 +105,37 @@ def remove_leftovers(run_dir: str | Path) -> list[Path]:
     return changed
 
 
-def find_latest_checkpoint(run_dir: str | Path, *, warn: Callable[[str], None] = say) -> Path | None:
-    """The newest `checkpoints/step_N` whose manifest and files are whole, or None where there is no checkpoint.
+def find_checkpoints(run_dir: str | Path, *, warn: Callable[[str], None] = say) -> list[Path]:
+    """The `checkpoints/step_N` with a whole manifest and files of the right sizes, newest first.
 
-    A damaged one is named through `warn` and the next older one is taken. Raises CheckpointError when all are damaged:
-    starting over would bury what may still be saved.
+    A damaged one is named through `warn` and left out. Raises CheckpointError when all are damaged: starting over would
+    bury what may still be saved.
     """
-    folder = Path(run_dir) / CHECKPOINTS
-    steps = [
-        (int(match[1]), path) for path in folder.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))
-    ]
-    for _, path in sorted(steps, reverse=True):
+    steps, whole = _steps(run_dir), []
+    for path in steps:
         try:
             read_manifest(path)
         except CheckpointError as error:
             warn(f"passed over: {error}")
         else:
-            return path
-    if steps:
-        problem = (
-            f"none of its {len(steps)} checkpoints is whole; move them away to start over, or choose another run.dir"
-        )
-        raise CheckpointError(folder, problem)
-    return None
+            whole.append(path)
+    if steps and not whole:
+        raise none_whole(run_dir)
+    return whole
+
+
+def none_whole(run_dir: str | Path) -> CheckpointError:
+    """There are checkpoints in the run folder, and none that can be used."""
+    steps = _steps(run_dir)
+    problem = f"none of its {len(steps)} checkpoints is whole; move them away to start over, or choose another run.dir"
+    return CheckpointError(Path(run_dir) / CHECKPOINTS, problem)
+
+
+def _steps(run_dir: str | Path) -> list[Path]:
+    """The folders `checkpoints/step_N`, newest first."""
+    found = (Path(run_dir) / CHECKPOINTS).glob("step_*")
+    steps = [(int(match[1]), path) for path in found if (match := re.fullmatch(r"step_(\d+)", path.name))]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
 def ensure_writable(folder: str | Path) -> None:

@@ -1,6 +1,8 @@
 """The command behind `trainer/main.py`: config, data, run folder, run."""
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -8,20 +10,25 @@ import torch
 from data_tools.encode import Group
 from data_tools.shards import Shard
 from trainer import dist, numerics
-from trainer.checkpoint import read_manifest
+from trainer.checkpoint import find_damage, read_manifest
 from trainer.config import Config, load_config, to_toml
-from trainer.errors import RunError
+from trainer.errors import CheckpointError, RunError, TrainingStopped
+from trainer.export import planned_entries
 from trainer.loop import Run, export_model, train
 from trainer.metrics import MetricsWriter
+from trainer.models.hf_weights import hf_name
+from trainer.parts import parts_of
 from trainer.run_folder import (
     CHECKPOINTS,
     RunLock,
     ensure_writable,
-    find_latest_checkpoint,
+    find_checkpoints,
+    none_whole,
     remove_leftovers,
     require_free_space,
 )
 from trainer.startup import look_at_data, make_run, open_data, say, sorted_pairs_line
+from trainer.stop import resume_command
 
 
 def main(argv: list[str]) -> None:
@@ -32,43 +39,111 @@ def main(argv: list[str]) -> None:
     shard, held_out = open_data(config)
     folder = Path(config.run.dir)
     if not dist.is_main():
-        _train(config, device, shard, held_out, None)
+        _with_ranks(config, device, lambda: _train(config, argv, shard, held_out, None, []))
         return
     ensure_writable(folder / CHECKPOINTS)
     with RunLock(folder):
         remove_leftovers(folder)
-        _train(config, device, shard, held_out, folder)
+        found = _checkpoints(config)
+        _with_ranks(config, device, lambda: _train(config, argv, shard, held_out, folder, found))
 
 
-def _train(config: Config, device: torch.device, shard: Shard, held_out: Sequence[Group], folder: Path | None) -> None:
-    """`folder`: the run folder on the rank that writes there, None on the others."""
-    dist.start(device)
+def _with_ranks(config: Config, device: torch.device, work: Callable[[], None]) -> None:
+    """Do `work` as one of the ranks. When another one dies or hangs, this process ends with one line that says so."""
     try:
-        resume_from = dist.broadcast_object(_resume_from(config) if folder is not None else None)
-        run = make_run(config, shard, held_out, resume_from)
-        if run.step == 0:
-            say(to_toml(config))
-            if folder is not None:
-                look_at_data(config, shard)
-        else:
-            say(f"resuming from {resume_from} at step {run.step} of {run.total_steps}")
-        to_export = dist.broadcast_object(config.run.export and not (run.folder / "export").is_dir())  # for rank 0
-        if run.step >= run.total_steps and not to_export:
-            say(f"finished: step {run.step} of {run.total_steps}, all of it in {run.folder}")
-            return
-        if (line := sorted_pairs_line(run)) is not None:
-            say(line)
-        metrics = _open_metrics(run, folder) if folder is not None else None
-        try:
-            train(run, metrics)
-        finally:
-            if metrics is not None:
-                metrics.close()
-        if config.run.export:
-            export_model(run)
-            say(f"model: {run.folder / 'export'}")
+        dist.start(device, config.dist.timeout_s)
+        work()
+    except Exception as error:
+        if (problem := dist.lost_rank(error)) is None:
+            raise
+        again = "start the same command again to resume"
+        print(f"stopped: {config.run.dir}: rank {dist.rank()}: {problem}; {again}", file=sys.stderr, flush=True)
+        # no orderly end: threads may still wait for that rank in the process group
+        os._exit(1)
     finally:
         dist.stop()
+
+
+def _train(
+    config: Config,
+    argv: list[str],
+    shard: Shard,
+    held_out: Sequence[Group],
+    folder: Path | None,
+    checkpoints: list[Path],
+) -> None:
+    """`folder`, `checkpoints`: the run folder and what to go on from, on the rank that writes there alone."""
+    resume_from = choose_checkpoint(config, checkpoints)
+    run = make_run(config, shard, held_out, resume_from)
+    if config.run.export:
+        planned_entries(parts_of((hf_name(name), tensor) for name, tensor in run.masters.named()), config.model.path)
+    if run.step == 0:
+        say(to_toml(config))
+        if folder is not None:
+            look_at_data(config, shard)
+    else:
+        say(f"resuming from {resume_from} at step {run.step} of {run.total_steps}")
+    to_export = dist.broadcast_object(config.run.export and not (run.folder / "export").is_dir())  # for rank 0
+    if run.step >= run.total_steps and not to_export:
+        say(f"finished: step {run.step} of {run.total_steps}, all of it in {run.folder}")
+        return
+    if (line := sorted_pairs_line(run)) is not None:
+        say(line)
+    metrics = _open_metrics(run, folder) if folder is not None else None
+    try:
+        with run.stop:
+            train(run, metrics)
+    finally:
+        if metrics is not None:
+            metrics.close()
+    if run.stop.agreed:
+        _say_stopped(run, argv)
+    elif config.run.export:
+        export_model(run)
+        say(f"model: {run.folder / 'export'}")
+
+
+def _say_stopped(run: Run, argv: list[str]) -> None:
+    """Raises TrainingStopped where nobody asked for the end, but torchrun died."""
+    if dist.launcher_is_gone():
+        raise TrainingStopped(f"{run.folder}: torchrun is gone; start the same command again to resume")
+    say(f"{run.folder}: stopped after step {run.step} of {run.total_steps} ({run.stop.reason or 'another rank'})")
+    say(f"resume with: {resume_command(argv)}")
+
+
+def choose_checkpoint(config: Config, found: list[Path]) -> Path | None:
+    """On every rank, the first of those that rank 0 found whose files are as they were written; None if it found none.
+
+    Each rank hashes its share of the files. A damaged one is named and passed over. Raises CheckpointError when none is
+    left, or for the one the user named.
+    """
+    found = dist.broadcast_object(found)
+    for path in found:
+        damage = dist.first_failure(find_damage(path, rank=dist.rank(), world_size=dist.world_size()))
+        if damage is None:
+            return path
+        if config.run.resume != "auto":
+            raise CheckpointError(path, damage)
+        if dist.is_main():
+            print(f"passed over: {path}: {damage}", file=sys.stderr, flush=True)
+    if found:
+        raise none_whole(config.run.dir)
+    return None
+
+
+def _checkpoints(config: Config) -> list[Path]:
+    """What this run may go on from, the best first; empty for a fresh start. Raises RunError or CheckpointError."""
+    folder = Path(config.run.dir)
+    if config.run.resume == "auto":
+        return find_checkpoints(folder)
+    if config.run.resume == "never":
+        if find_checkpoints(folder):
+            raise RunError(
+                folder, "holds checkpoints and run.resume is never; set another run.dir or delete the folder"
+            )
+        return []
+    read_manifest(Path(config.run.resume))
+    return [Path(config.run.resume)]
 
 
 def _open_metrics(run: Run, folder: Path) -> MetricsWriter:
@@ -85,18 +160,3 @@ def _open_metrics(run: Run, folder: Path) -> MetricsWriter:
     except OSError as error:
         raise RunError(config, f"cannot be written ({error.strerror}); free space and start again") from None
     return metrics
-
-
-def _resume_from(config: Config) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start. Raises RunError or CheckpointError."""
-    folder = Path(config.run.dir)
-    if config.run.resume == "auto":
-        return find_latest_checkpoint(folder)
-    if config.run.resume == "never":
-        if find_latest_checkpoint(folder) is not None:
-            raise RunError(
-                folder, "holds checkpoints and run.resume is never; set another run.dir or delete the folder"
-            )
-        return None
-    read_manifest(Path(config.run.resume))
-    return Path(config.run.resume)

@@ -1,8 +1,7 @@
-"""Weights between a `Decoder` and Hugging Face safetensors folders, one tensor at a time in both directions."""
+"""Weights of a Hugging Face safetensors folder into a `Decoder`, one tensor at a time; trainer.export writes them."""
 
 import json
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,14 +15,6 @@ from trainer.parts import is_sharded, part_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.uint8: "U8",
-}
 
 
 def load_decoder(
@@ -112,39 +103,3 @@ def iter_weights(folder: str | Path) -> Iterator[tuple[Path, str, Tensor]]:
                     yield path, name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(path, f"is not a whole safetensors file ({error}); copy it again") from None
-
-
-def write_safetensors(
-    path: str | Path, tensors: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype | None = None
-) -> None:
-    """Write named tensors to one safetensors file, holding one converted tensor at a time.
-
-    `safetensors.torch.save_file` and torch's own Hugging Face writer build the whole file in memory first: a second
-    copy of weights and optimizer. `dtype` converts floating-point tensors.
-    Wider dtypes come first in the file, so that every tensor starts at a multiple of its item size.
-    """
-    entries = sorted(tensors, key=lambda entry: -_stored_as(entry[1], dtype).itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in entries:
-        kind = _stored_as(tensor, dtype)
-        size = tensor.numel() * kind.itemsize
-        header[name] = {
-            "dtype": DTYPE_NAMES[kind],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
-        for _, tensor in entries:
-            data = tensor.detach().to(device="cpu", dtype=_stored_as(tensor, dtype)).contiguous()
-            file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
-            del data  # before the next one is made
-
-
-def _stored_as(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
