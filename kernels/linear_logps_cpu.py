@@ -12,7 +12,7 @@ its target's logit and is raised when a slab shows that it lies too low (`_Sums.
 logit is not the product, which then is rounded as plain PyTorch rounds it.
 
 Four ways to the gradient, counted in products of 2*N*D*V floating-point operations:
-    recompute       4   forward, the slab once more, and two products with it
+    recompute       4   forward, the slab once more, and two products with it; a few slabs are kept (`first_kept`)
     stash           3   `exps` of every slab is kept, in the weight's dtype: N*V numbers
     frozen head     2   the gradient by `hidden` is summed up in the forward, as attention sums its output
     no gradient     1
@@ -24,8 +24,7 @@ dtype of a slab while it is worked on, of sums, and of every (N,) number of the 
 """
 
 import math
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +33,9 @@ from torch.autograd.function import once_differentiable
 
 from kernels.head import HeadOptions, LinearLogps, Partials
 from kernels.reference import compute_dtype
+from kernels.vocabulary_slabs import Room, Slab, cut_slabs, first_kept
 
 LOG2E = math.log2(math.e)
-
-# At N 600 to 2048, D 576, V 49152, 1024 to 4096 columns differ by less than the noise; fewer are slower in bfloat16.
-SLAB_COLUMNS = 1024
 
 # A slab whose exponentials add up to more than this raises the row's center. bfloat16: logit - center stays below
 # log 4 = 1.4, which keeps its rounding under 4e-3. Otherwise: below log 64 = 4.2, far from overflow and from where the
@@ -48,33 +45,6 @@ RAISE_ABOVE = {torch.bfloat16: 4.0, torch.float32: 64.0, torch.float64: 64.0}
 # center - log normaliser is held above this: what lies lower has a probability of 1e-22 at most, and exp of its
 # negative, by which the target's entry is multiplied, must not overflow.
 LOWEST_GAP = -55.0
-
-
-class _Slab(NamedTuple):
-    """Columns [start, stop) of the vocabulary, and the targets among them: at (rows[k], start + columns[k])."""
-
-    start: int
-    stop: int
-    rows: Tensor
-    columns: Tensor
-
-
-def _cut_slabs(targets: Tensor, vocabulary: int) -> list[_Slab]:
-    """Targets outside [0, vocabulary) are in no slab."""
-    ordered, order = torch.sort(targets, stable=True)
-    edges = [*range(0, vocabulary, SLAB_COLUMNS), vocabulary]
-    firsts = torch.searchsorted(ordered, torch.tensor(edges, device=targets.device)).tolist()
-    return [
-        _Slab(start, stop, order[first:last], ordered[first:last] - start)
-        for start, stop, first, last in zip(edges[:-1], edges[1:], firsts[:-1], firsts[1:], strict=True)
-    ]
-
-
-def _slab_of(flat: Tensor, rows: int, slab: _Slab, *, whole: bool) -> Tensor:
-    """A contiguous (rows, B) matrix inside a flat buffer, which holds all slabs one after another or one at a time."""
-    columns = slab.stop - slab.start
-    start = rows * slab.start if whole else 0
-    return flat[start : start + rows * columns].view(rows, columns)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,7 +72,7 @@ class _Head:
         self.left = hidden if bias is None or not self.center_in_product else F.pad(hidden, (0, 1), value=1.0)
         self.scratch = hidden.new_empty(0, dtype=self.wide)
 
-    def part(self, slab: _Slab) -> Tensor:
+    def part(self, slab: Slab) -> Tensor:
         return self.weight[slab.start : slab.stop]
 
     def target_logits(self, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +81,7 @@ class _Head:
         logits = (self.hidden.to(self.wide) * weights).sum(1)
         return self._finish(logits, None if self.bias is None else self.bias.index_select(0, targets)), weights
 
-    def centered_logits(self, slab: _Slab, center: Tensor, product: Tensor, rows: Tensor | None = None) -> Tensor:
+    def centered_logits(self, slab: Slab, center: Tensor, product: Tensor, rows: Tensor | None = None) -> Tensor:
         """logits - center of a slab, (N, B) wide; of all rows, or of `rows` (K,), whose centers are `center` (K,).
 
         product (N, B), in the inputs' dtype, is written over; where that dtype is wide, it is what is returned.
@@ -162,17 +132,17 @@ class _Sums:
         self.moment = torch.zeros_like(target_logits) if options.with_entropy else None
         self.top = torch.full_like(target_logits, -torch.inf) if options.with_argmax else None
         self.seen = torch.zeros_like(target_logits)
-        self.exps_are_used = options.stash or with_weighted
 
-    def add(self, slab: _Slab, exps: Tensor) -> None:
-        """Add up a slab. exps (N, B), in the inputs' dtype: room to work in; holds exp * slope then, if used."""
+    def add(self, slab: Slab, exps: Tensor, *, keep: bool) -> None:
+        """Add up a slab. exps (N, B), in the inputs' dtype: room to work in; with `keep`, holds exp * slope then."""
+        keep = keep or self.weighted is not None
         values = self.head.centered_logits(slab, self.center, exps)
         if self.top is not None:
             torch.maximum(self.top, values.amax(1) + self.center, out=self.top)
             self.seen[slab.rows] = values[slab.rows, slab.columns] + self.center[slab.rows]
         logits = values.clone() if self.moment is not None else None
         slope = None
-        if self.exps_are_used and self.head.softcap is not None:
+        if keep and self.head.softcap is not None:
             slope = self.head.slope(values + self.center[:, None])
         sums = self._sum_without_targets(_exp_(values), slab)
         high = (sums > RAISE_ABOVE[exps.dtype]).nonzero().squeeze(1)
@@ -185,7 +155,7 @@ class _Sums:
         self.others += sums
         if logits is not None:
             self.moment += logits.mul_(values).sum(1)
-        if not self.exps_are_used:
+        if not keep:
             return
         if slope is not None:
             values *= slope
@@ -194,11 +164,11 @@ class _Sums:
         if self.weighted is not None:
             self.weighted += exps @ self.head.part(slab)
 
-    def _sum_without_targets(self, exps: Tensor, slab: _Slab) -> Tensor:
+    def _sum_without_targets(self, exps: Tensor, slab: Slab) -> Tensor:
         exps[slab.rows, slab.columns] = 0.0
         return exps.sum(1)
 
-    def _raise_centers(self, rows: Tensor, sums: Tensor, slab: _Slab) -> Tensor:
+    def _raise_centers(self, rows: Tensor, sums: Tensor, slab: Slab) -> Tensor:
         """Move the centers of `rows` (K,) up by the log of the slab's `sums` (K,); if that is inf, to its top logit.
 
         Returns the rows' logits minus the new centers, (K, B).
@@ -250,7 +220,7 @@ def _gap(center: Tensor, normaliser: tuple[Tensor, Tensor]) -> Tensor:
     return (center - normaliser[0] - normaliser[1]).clamp(min=LOWEST_GAP)
 
 
-def _put_target_entries(exps: Tensor, slab: _Slab, pull: Tensor, gap: Tensor) -> None:
+def _put_target_entries(exps: Tensor, slab: Slab, pull: Tensor, gap: Tensor) -> None:
     """Write the targets' entries, so that exps * exp(gap) is minus the gradient of a log-probability by the product.
 
     pull (N,): that gradient at the target.
@@ -278,19 +248,18 @@ class _LinearLogps(torch.autograd.Function):
         """
         by_hidden, by_weight, by_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         in_backward = by_weight or by_bias
-        stash = options.stash and in_backward
         head = _Head(hidden, weight, bias, options.softcap)
         inside = (columns >= 0) & (columns < len(weight))
         # a row without its target here starts at the logit of some token that is
         first_logits, first_weights = head.target_logits(columns.clamp(0, len(weight) - 1))
         target_logits = first_logits.masked_fill(~inside, -torch.inf)
-        with_weighted = by_hidden and not in_backward
-        sums = _Sums(head, first_logits, replace(options, stash=stash), with_weighted=with_weighted)
-        slabs = _cut_slabs(columns, len(weight))
-        buffer = hidden.new_empty(len(hidden) * (len(weight) if stash else min(SLAB_COLUMNS, len(weight))))
+        sums = _Sums(head, first_logits, options, with_weighted=by_hidden and not in_backward)
+        slabs = cut_slabs(columns, len(weight))
+        kept_from = first_kept(slabs, *hidden.shape, options.stash) if in_backward else len(weight)
+        room = Room(hidden, slabs, len(hidden), kept_from)
         centers = []
         for slab in slabs:
-            sums.add(slab, _slab_of(buffer, len(hidden), slab, whole=stash))
+            sums.add(slab, room.place(slab), keep=room.keeps(slab))
             centers.append(sums.center)
         if options.vocab_start is None:
             logps, normaliser = sums.logps(target_logits), _normaliser(sums.center, sums.total(target_logits))
@@ -306,13 +275,12 @@ class _LinearLogps(torch.autograd.Function):
         pull = -torch.expm1(logps)
         if options.softcap is not None:
             pull = pull * head.slope(first_logits)
-        if stash:
-            for slab, center in zip(slabs, centers, strict=True):
-                exps = _slab_of(buffer, len(hidden), slab, whole=True)
-                _put_target_entries(exps, slab, pull, _gap(center, normaliser))
+        for slab, center in zip(slabs, centers, strict=True):
+            if room.keeps(slab):
+                _put_target_entries(room.place(slab), slab, pull, _gap(center, normaliser))
         if in_backward:
-            ctx.softcap, ctx.centers = options.softcap, centers
-            ctx.save_for_backward(hidden, weight, bias, columns, pull, *normaliser, buffer if stash else None)
+            ctx.softcap, ctx.centers, ctx.kept_from = options.softcap, centers, kept_from
+            ctx.save_for_backward(hidden, weight, bias, columns, pull, *normaliser, room.kept)
         elif by_hidden:
             ctx.hidden_dtype = hidden.dtype
             share = torch.exp(_gap(sums.center, normaliser))[:, None] * sums.weighted
@@ -328,22 +296,19 @@ class _LinearLogps(torch.autograd.Function):
         if not (by_weight or by_bias):
             (gradient,) = ctx.saved_tensors
             return (grad[:, None] * gradient).to(ctx.hidden_dtype), None, None, None, None, None
-        hidden, weight, bias, columns, pull, *normaliser, stash = ctx.saved_tensors
-        head = _Head(hidden, weight, bias, ctx.softcap)
+        hidden, weight, bias, columns, pull, *normaliser, kept = ctx.saved_tensors
+        head, slabs = _Head(hidden, weight, bias, ctx.softcap), cut_slabs(columns, len(weight))
+        room = Room(hidden, slabs, len(hidden), ctx.kept_from, kept)
         grad_hidden = torch.zeros_like(hidden, dtype=head.wide) if by_hidden else None
         grad_weight = torch.empty_like(weight) if by_weight else None
         grad_bias = torch.empty_like(bias) if by_bias else None
-        buffer = hidden.new_empty(len(hidden) * min(SLAB_COLUMNS, len(weight))) if stash is None else stash
-        center = _rounded(normaliser[0], hidden.dtype)
-        for index, slab in enumerate(_cut_slabs(columns, len(weight))):
-            exps = _slab_of(buffer, len(hidden), slab, whole=stash is not None)
-            if stash is None:
-                _recompute(head, slab, center, exps, pull, _gap(center, normaliser))
-            else:
-                center = ctx.centers[index]
-            if stash is not None or index == 0:  # the factor belongs on exps, but (N, D) is the smaller matrix
-                factor = -(grad * torch.exp(_gap(center, normaliser)))
-                scaled_hidden = (factor[:, None] * hidden).to(weight.dtype)
+        top = _rounded(normaliser[0], hidden.dtype)
+        factors = _Factors(hidden, grad, normaliser)
+        for slab, kept_center in zip(slabs, ctx.centers, strict=True):
+            exps = room.place(slab)
+            factor, scaled_hidden = factors.at(kept_center if room.keeps(slab) else top)
+            if not room.keeps(slab):
+                _recompute(head, slab, top, exps, pull, _gap(top, normaliser))
             if grad_weight is not None:
                 torch.mm(exps.T, scaled_hidden, out=grad_weight[slab.start : slab.stop])
             if grad_bias is not None:
@@ -353,7 +318,27 @@ class _LinearLogps(torch.autograd.Function):
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
 
 
-def _recompute(head: _Head, slab: _Slab, center: Tensor, exps: Tensor, pull: Tensor, gap: Tensor) -> None:
+class _Factors:
+    """factor (N,): exps * factor is the gradient of the loss by the product; and factor * hidden (N, D).
+
+    The factor belongs on exps, but (N, D) is the smaller matrix. From one slab to the next, few rows change.
+    """
+
+    def __init__(self, hidden: Tensor, grad: Tensor, normaliser: tuple[Tensor, Tensor]) -> None:
+        self.hidden, self.grad, self.normaliser = hidden, grad, normaliser
+        self.center = torch.full_like(grad, torch.nan)
+        self.factor, self.scaled_hidden = torch.empty_like(grad), torch.empty_like(hidden)
+
+    def at(self, center: Tensor) -> tuple[Tensor, Tensor]:
+        rows = (center != self.center).nonzero().squeeze(1)
+        if len(rows):
+            self.center = center
+            self.factor = -(self.grad * torch.exp(_gap(center, self.normaliser)))
+            self.scaled_hidden[rows] = (self.factor[rows, None] * self.hidden[rows]).to(self.hidden.dtype)
+        return self.factor, self.scaled_hidden
+
+
+def _recompute(head: _Head, slab: Slab, center: Tensor, exps: Tensor, pull: Tensor, gap: Tensor) -> None:
     """Fill `exps` (N, B) with what the stash would hold of the slab, for these centers."""
     values = head.centered_logits(slab, center, exps)
     slope = None if head.softcap is None else head.slope(values + center[:, None])

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import linear_logps_cpu as module
-from kernels import reference
+from kernels import reference, vocabulary_slabs
 from kernels.linear_logps import linear_logps
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -24,7 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def narrow_slabs_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """64 columns a slab, so that small vocabularies have several. One thread: these shapes are too small for two."""
-    monkeypatch.setattr(module, "SLAB_COLUMNS", 64)
+    monkeypatch.setattr(vocabulary_slabs, "SLAB_COLUMNS", 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +39,7 @@ def test_values_and_gradients_are_as_good_as_plain_pytorch(dtype: torch.dtype, w
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_real_slab_width_with_a_ragged_end(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert module.SLAB_COLUMNS < 2500 and 2500 % module.SLAB_COLUMNS
+    assert vocabulary_slabs.SLAB_COLUMNS < 2500 and 2500 % vocabulary_slabs.SLAB_COLUMNS
     assert_as_good_as_plain(*make_inputs(40, 2500, 64, dtype), "recompute")
 
 
@@ -185,7 +184,7 @@ def test_without_gradients_nothing_but_one_slab_is_made() -> None:
     weight.requires_grad_()
     with torch.no_grad(), LargestTensor() as watch:
         logps = linear_logps(hidden, weight, targets, stash=True)
-    assert watch.elements == 100 * module.SLAB_COLUMNS
+    assert watch.elements == 100 * vocabulary_slabs.SLAB_COLUMNS
     assert not logps.requires_grad
 
 

@@ -12,7 +12,7 @@ import torch
 from head_fixtures import ROUNDING, WAYS, assert_as_good_as_plain, make_bias, make_inputs, run
 from torch import Tensor
 
-from kernels import linear_logps_cpu, reference
+from kernels import reference, vocabulary_slabs
 from kernels.head import LinearLogps
 from kernels.linear_logps import linear_logps
 
@@ -24,7 +24,7 @@ HEADS = [head for head in product([False, True], [1.0, -0.3], [None, 4.0]) if he
 @pytest.fixture(autouse=True)
 def narrow_slabs_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """16 columns a slab, so that small vocabularies have several."""
-    monkeypatch.setattr(linear_logps_cpu, "SLAB_COLUMNS", 16)
+    monkeypatch.setattr(vocabulary_slabs, "SLAB_COLUMNS", 16)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +48,7 @@ def test_every_head_is_as_good_as_plain_pytorch(
 def test_gradients_by_finite_differences(
     with_bias: bool, scale: float, softcap: float | None, impl: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_logps_cpu, "SLAB_COLUMNS", 8)
+    monkeypatch.setattr(vocabulary_slabs, "SLAB_COLUMNS", 8)
     hidden, weight, _, _ = make_inputs(5, 21, 3, torch.float64)
     targets = torch.tensor([0, 20, 7, 8, 7])  # first and last column, both sides of a slab's edge, one repeated
     bias = make_bias(21, torch.float64) if with_bias else None

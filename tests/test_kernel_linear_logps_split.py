@@ -12,7 +12,7 @@ import torch
 from head_fixtures import WAYS, make_bias, make_inputs, run
 from torch import Tensor
 
-from kernels import linear_logps_cpu
+from kernels import vocabulary_slabs
 from kernels.head import Partials, merge_partials
 from kernels.linear_logps import linear_logps
 
@@ -22,7 +22,7 @@ CUTS = (0, 70, 71, 100)
 
 @pytest.fixture(autouse=True)
 def narrow_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_logps_cpu, "SLAB_COLUMNS", 32)
+    monkeypatch.setattr(vocabulary_slabs, "SLAB_COLUMNS", 32)
 
 
 def run_split(
@@ -109,7 +109,7 @@ def _two_process_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Ten
 def _run_part(rank: int, folder: str) -> None:
     """One of two processes: its part of the vocabulary, the same rows as the other."""
     torch.set_num_threads(1)
-    linear_logps_cpu.SLAB_COLUMNS = 32
+    vocabulary_slabs.SLAB_COLUMNS = 32
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
     def combine(*own: Tensor) -> Partials:
