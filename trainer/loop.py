@@ -133,7 +133,6 @@ def train_step(run: Run) -> dict[str, float] | None:
     """
     started, config = time.perf_counter(), run.config.train
     indices = run.loader.step_indices(run.step)
-    counts = run.objective.count(run.loader.shard[int(index)] for index in indices)
     learning_rate = learning_rate_at(
         run.step,
         peak=config.learning_rate,
@@ -142,30 +141,10 @@ def train_step(run: Run) -> dict[str, float] | None:
         warmup_ratio=config.warmup_ratio,
     )
     run.masters.zero_grad()
-    sums: dict[str, float] = {}
-    bad_rows: list[str] = []
-    tokens = 0
-    mismatch = None
-    micro_batches = run.loader.micro_batches(indices)
-    for number, members in enumerate(micro_batches):
-        if run.step_s > LONG_STEP_S and dist.any_rank(run.stop.asked()):
-            run.stop.agreed = True
-            return None
-        check_start = run.starts_at_reference and run.step == 0 and number == 0
-        if run.masters.sharded:
-            last = number == len(micro_batches) - 1
-            run.model.set_requires_gradient_sync(last or run.config.dist.grad_sync == "every")
-        if not members:  # a rank without a group in this round still takes part in what all ranks do together
-            _idle_micro_batch(run)
-        else:
-            groups = [run.loader.shard[index] for index in members]
-            part, own_bad_rows, mismatch = _micro_batch(run, groups, counts, check_start=check_start)
-            bad_rows += own_bad_rows
-            tokens += sum(len(group.ids) for group in groups)
-            for name, value in part.items():
-                sums[name] = sums.get(name, 0.0) + value
-        if check_start and (failure := dist.first_failure(mismatch)) is not None:
-            raise RunError(run.cache.path if run.cache is not None else run.folder, failure)
+    done = _forward_and_backward(run, indices)
+    if done is None:
+        return None
+    sums, bad_rows = done
     run.masters.finish_backward()
     if run.masters.sharded:
         norm = clip_by_global_norm(run.masters.masters, config.max_grad_norm, total=run.sum_over_shards)
@@ -173,7 +152,7 @@ def train_step(run: Run) -> dict[str, float] | None:
         dist.sum_gradients(run.masters.masters)
         norm = clip_by_global_norm(run.masters.masters, config.max_grad_norm)
     seconds = time.perf_counter() - started
-    totals = dist.sum_over_ranks(sums | {"tokens": tokens, "stop": run.stop.asked(), "seconds": seconds})
+    totals = dist.sum_over_ranks(sums | {"stop": run.stop.asked(), "seconds": seconds})
     run.stop.agreed, run.step_s = totals.pop("stop") > 0, totals.pop("seconds") / dist.world_size()
     if not (math.isfinite(norm) and math.isfinite(totals["loss"])):
         _stop_for_non_finite(run, norm, totals["loss"], bad_rows, indices)
@@ -193,9 +172,38 @@ def train_step(run: Run) -> dict[str, float] | None:
         "perf/step_s": elapsed,
         "perf/pairs_per_s": len(indices) / elapsed,
         "perf/tokens_per_s": stream_tokens / elapsed,
-        "perf/token_imbalance": dist.max_over_ranks(float(tokens)) * dist.world_size() / stream_tokens,
+        "perf/token_imbalance": dist.max_over_ranks(sums["tokens"]) * dist.world_size() / stream_tokens,
         "perf/peak_memory_mib": dist.max_over_ranks(peak_memory_mib()),
     }
+
+
+def _forward_and_backward(run: Run, indices: Sequence[int]) -> tuple[dict[str, float], list[str]] | None:
+    """The micro-batches of a step on this rank: its metric sums, with its `tokens`, and the rows with non-finite
+    numbers. None where the ranks agreed to stop (`train_step`)."""
+    counts = run.objective.count(run.loader.shard[int(index)] for index in indices)
+    sums: dict[str, float] = {"tokens": 0.0}
+    bad_rows: list[str] = []
+    mismatch = None
+    micro_batches = run.loader.micro_batches(indices)
+    for number, members in enumerate(micro_batches):
+        if run.step_s > LONG_STEP_S and dist.any_rank(run.stop.asked()):
+            run.stop.agreed = True
+            return None
+        check_start = run.starts_at_reference and run.step == 0 and number == 0
+        if run.masters.sharded:
+            last = number == len(micro_batches) - 1
+            run.model.set_requires_gradient_sync(last or run.config.dist.grad_sync == "every")
+        if not members:  # a rank without a group in this round still takes part in what all ranks do together
+            _idle_micro_batch(run)
+        else:
+            groups = [run.loader.shard[index] for index in members]
+            part, own_bad_rows, mismatch = _micro_batch(run, groups, counts, check_start=check_start)
+            bad_rows += own_bad_rows
+            for name, value in (part | {"tokens": sum(len(group.ids) for group in groups)}).items():
+                sums[name] = sums.get(name, 0.0) + value
+        if check_start and (failure := dist.first_failure(mismatch)) is not None:
+            raise RunError(run.cache.path if run.cache is not None else run.folder, failure)
+    return sums, bad_rows
 
 
 def _micro_batch(
