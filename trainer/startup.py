@@ -242,7 +242,7 @@ def load_model(config: Config, impl: str, path: str | None = None, dtype: torch.
 
 def is_sharded(config: Config) -> bool:
     """Does each rank hold a part of the model only?"""
-    return config.dist.strategy == "fsdp"
+    return config.dist.strategy == "fsdp" or (config.dist.strategy == "auto" and dist.world_size() > 1)
 
 
 def check_ranks(config: Config) -> None:
