@@ -30,7 +30,7 @@ from run_fixtures import (
 
 from data_tools.encode import Group
 from trainer import dist, reference_pass, startup
-from trainer.errors import RunError, UserError
+from trainer.errors import RunError, TrainingStopped, UserError
 from trainer.loader import rounds
 from trainer.models.hf_weights import load_decoder
 from trainer.reference_cache import Header, ReferenceCache, read_cache_file, row_key, row_keys
@@ -121,6 +121,25 @@ def test_every_rank_runs_as_many_forward_passes_and_gets_all_rows(tiny_model_dir
     assert {key.hex(): row.tolist() for key, row in in_file.items()} == rows_0
 
 
+def _stopped_pass(model_dir: Path, folder: Path) -> None:
+    model = load_decoder(model_dir).requires_grad_(False)
+    if dist.rank() == 1:
+        model.register_forward_pre_hook(lambda module, args: os.kill(os.getpid(), signal.SIGTERM))
+    cache = ReferenceCache(folder / CACHE, HEADER)
+    groups = [pair(i, 20 + i) for i in range(6)]
+    words = ["another rank was asked to stop", "SIGTERM"][dist.rank()]
+    with pytest.raises(TrainingStopped, match=f"{CACHE}: {words}; 2 of 3 batches are scored, start the same command"):
+        score_missing(cache, groups, model, device=CPU, tokens_per_batch=50)
+    assert names([cache.missing(groups)]) == [["pair-0", "pair-1"]]
+    _, in_file = read_cache_file(folder / CACHE)
+    assert len(in_file) == 8
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_on_one_rank_ends_the_pass_on_all_with_its_rows_saved(tiny_model_dir: Path, tmp_path: Path) -> None:
+    on_ranks(_stopped_pass, tiny_model_dir, tmp_path)
+
+
 def _rounds_and_missing(folder: Path) -> None:
     mine = [["a", "b", "c"], ["d"]][dist.rank()]
     assert list(rounds(mine)) == [["a", "b", "c"], ["d", None, None]][dist.rank()]
@@ -174,7 +193,7 @@ def test_a_killed_pass_goes_on_to_the_bits_of_an_unbroken_one(tiny_model_dir: Pa
     saves = [number for number, text in enumerate(operations(output), start=1) if text == SAVED]
     assert len(saves) == 7
 
-    for name, dies_at, cached in (("first", saves[0], 0), ("fourth", saves[3], 6), ("after", saves[3] + 1, 8)):
+    for name, dies_at, cached in (("before", saves[3], 6), ("after", saves[3] + 1, 8)):
         argv, output, folder = prepare(name)
         assert run_saving_every_round(argv, output, dies_at=dies_at) == -signal.SIGKILL
         assert (folder / f"{CACHE}.tmp").exists() is (name != "after")
@@ -184,9 +203,10 @@ def test_a_killed_pass_goes_on_to_the_bits_of_an_unbroken_one(tiny_model_dir: Pa
         assert not (folder / f"{CACHE}.tmp").exists()
         assert rows(folder) == rows(whole)
 
-    argv, _, folder = prepare("ranks")
-    assert run_ranks(argv, tmp_path) == [0, 0]
-    assert content(folder / CACHE) == content(whole / CACHE)
+    for strategy in ("replicas", "fsdp"):  # 7 batches: the second rank goes without in the last round
+        argv, _, folder = prepare(strategy)
+        assert run_ranks([*argv, f"--dist.strategy={strategy}"], tmp_path) == [0, 0]
+        assert content(folder / CACHE) == content(whole / CACHE)
 
 
 def test_another_world_size_and_another_beta_find_every_row(

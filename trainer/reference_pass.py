@@ -7,6 +7,7 @@ size. That matters for the last bits: a row's number depends in rounding on whic
 thread count), so only a pass of the same batches gives equal bits. A row once in the file never changes.
 """
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ from trainer.errors import RunError, TrainingStopped, UserError
 from trainer.loader import rounds
 from trainer.models.decoder import Decoder
 from trainer.reference_cache import ReferenceCache, row_key, row_keys
+from trainer.stop import StopRequest
 
 SAVE_EVERY_S = 60.0
 SAVE_SHARE = 0.05
@@ -72,27 +74,33 @@ def score_missing(
 
     Every rank runs as many forward passes as any other: sharded weights are gathered by all ranks together. A rank is
     without a batch in the last round only. save_every_s: default SAVE_EVERY_S. Raises UserError on every rank when the
-    file cannot be written, TrainingStopped when torchrun is gone.
+    file cannot be written, and TrainingStopped, with all rows saved, after a signal on any rank or without torchrun.
     """
     save_every_s = SAVE_EVERY_S if save_every_s is None else save_every_s
     batches = plan_batches(missing, tokens_per_batch)
     rows: dict[bytes, np.ndarray] = {}
-    saved_at, wait_s = time.monotonic(), save_every_s
+    done, saved_at, wait_s = 0, time.monotonic(), save_every_s
     hidden = not dist.is_main() or not progress or None  # None: only on a terminal
-    with tqdm(total=len(batches), desc="reference", unit="batch", disable=hidden, dynamic_ncols=True) as bar:
+    bar = tqdm(total=len(batches), desc="reference", unit="batch", disable=hidden, dynamic_ncols=True)
+    with bar, StopRequest() as stop:
         for batch in rounds(batches[dist.rank() :: dist.world_size()]):
-            if dist.launcher_is_gone():
-                raise TrainingStopped(f"{cache.path}: torchrun is gone; start the same command again to go on")
             if batch is None:
                 model(idle_stream().to(device))
             else:
                 rows |= score_batch(model, batch, device)
-            bar.update(min(dist.world_size(), bar.total - bar.n))
-            if dist.max_over_ranks(time.monotonic() - saved_at - wait_s) >= 0:  # all ranks or none
+            done = min(done + dist.world_size(), len(batches))
+            bar.update(done - bar.n)
+            # one reduction, so that all ranks save or none: how long a save is due, endless where a rank is to stop
+            due_s = dist.max_over_ranks(math.inf if stop.asked() else time.monotonic() - saved_at - wait_s)
+            if due_s >= 0:
                 started = time.monotonic()
                 _share(cache, rows)
                 rows, saved_at = {}, time.monotonic()
                 wait_s = max(save_every_s, dist.max_over_ranks(saved_at - started) / SAVE_SHARE)
+            if due_s == math.inf:
+                why = stop.reason or "another rank was asked to stop"
+                problem = f"{why}; {done} of {len(batches)} batches are scored, start the same command again to go on"
+                raise TrainingStopped(f"{cache.path}: {problem}")
     _share(cache, rows)
     cache.read()  # every rank, so that all train with the numbers that a resumed run finds
 
