@@ -290,8 +290,8 @@ def _write_partials(
     is_target = columns[None, :] == target[:, None]
     logits = tl.where((columns < V)[None, :], logits, float("-inf"))
 
-    # the target lies in one tile of its row, so one program writes this
-    has_target = (target >= column_tile * BLOCK_V) & (target < column_tile * BLOCK_V + BLOCK_V) & (target < V)
+    # the target lies in one tile of its row, so one program writes this; past V it is -inf, as if it lay nowhere
+    has_target = (target >= column_tile * BLOCK_V) & (target < column_tile * BLOCK_V + BLOCK_V)
     target_logit = tl.sum(tl.where(is_target, logits, 0.0), 1)
     tl.store(target_logits + rows, target_logit, mask=is_row & has_target)
 

@@ -179,7 +179,7 @@ def _find(sums: _Sums, options: HeadOptions) -> _Found:
     own = torch.exp(gap)
     log_sum = torch.log(others + own)
     # a sure target's others are lost in others + own, not in their ratio; far below, the ratio would overflow
-    logps = torch.where(gap > -30, -torch.log1p(others * torch.exp(-gap.clamp_min(-30))), gap - log_sum)
+    logps = torch.where(gap > -30, -torch.log1p(others * torch.exp(-gap)), gap - log_sum)
     entropy = hit = None
     if sums.weighted is not None:
         shift = _finite_or_0(sums.maxima) - center

@@ -269,6 +269,30 @@ def test_only_the_stash_holds_rows_times_vocabulary(way: str, plan: str, monkeyp
     assert watch.bytes == 4 * 60 * (256 if way == "stash" else SLAB)
 
 
+class Products(TorchDispatchMode):
+    """Multiplications in all matrix products of PyTorch."""
+
+    multiplications = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.multiplications += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("way", "products"), [("recompute", 4), ("stash", 3), ("frozen head", 2), ("frozen hidden", 3)]
+)
+def test_the_number_of_products(way: str, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the vendor's library multiplies, all can be counted; the kernels' own products stand in the same places."""
+    use_plan(monkeypatch, "vendor")
+    inputs = make_inputs(ROWS, VOCABULARY, WIDTH, torch.float32)
+    with Products() as count:
+        run(*inputs, way, "triton")
+    assert count.multiplications == products * ROWS * VOCABULARY * WIDTH
+
+
 def test_without_gradients_no_logits_are_written() -> None:
     hidden, weight, targets, _ = make_inputs(60, 250, 8, torch.float32)
     weight.requires_grad_()
@@ -323,6 +347,17 @@ def test_the_partials_of_a_part_are_those_of_the_reference() -> None:
     for value, exact in zip(found, truth, strict=True):
         torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
     assert torch.isneginf(found[2]).any() and torch.isfinite(found[2]).any()
+
+
+@pytest.mark.parametrize("softcap", [1.0, 1000.0])
+def test_a_cap_is_exact_from_small_logits_to_large_ones(softcap: float) -> None:
+    """5e-7 of the value, where softcap * (1 - 2 / (exp + 1)) alone would be off by softcap / 1e7."""
+    sizes = torch.tensor([1e-4, 1e-2, 0.2, 0.25, 0.3, 1.0, 3.0, 20.0, 200.0])
+    hidden = softcap * torch.cat([sizes, -sizes])[:, None]
+    targets = torch.zeros(len(hidden), dtype=torch.int64)
+    _, _, capped = linear_logps(hidden, torch.ones(2, 1), targets, softcap=softcap, vocab_start=0, impl="triton")
+    exact = softcap * torch.tanh(hidden[:, 0].double() / softcap)
+    torch.testing.assert_close(capped.double(), exact, rtol=5e-7, atol=0)
 
 
 def test_what_is_not_supported_is_refused_with_the_alternative() -> None:
