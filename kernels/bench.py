@@ -1,270 +1,284 @@
-"""`python -m kernels.bench`: what each way to `linear_logps` costs, how exact it is, and the same for small operators.
+"""`python -m kernels.bench`: what each way to each operator costs and how exact it is, on this device.
 
-Every row runs in a process of its own, one after another, so that its peak memory is its own: what forward and backward
-add to the inputs. Times are the median of forward and backward together; the share is that of a bare product's speed,
-measured in the same process between the repeats. On a machine that others use, compare with `--threads 1 --clock cpu`.
-Errors are against float64. Not a test: nothing here fails.
+    python -m kernels.bench [--op linear_logps ...] [--device cpu|cuda] [--json F] [--compare F]
+
+Every row runs in a process of its own, one after another. Its time is the median of forward and backward together, over
+inputs that take turns so that none of them is still in the cache. Between the repeats the device's ceiling is read, in
+the same process: a bare product, or a copy of memory where the operator has no product; `share` is a share of it. Peak
+memory is what forward and backward add to the inputs, gradients included. Errors are against float64 on the first rows:
+the largest of the values, and of the gradients relative to the largest entry. A way that cannot run here reads n/a.
+
+Numbers of two devices are never compared: a file of another device is refused by --compare. On a machine that others
+use, read a CPU by `--threads 1 --clock cpu`. Not a test: nothing here fails.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
-import math
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.linear_logps import linear_logps
-from kernels.rms_norm import rms_norm
-from kernels.rope import apply_rope
-from kernels.swiglu_linear import swiglu_linear
+from kernels.bench_cases import OPERATORS, Function, Operator, Sizes, Variant, shape_words, variants
+from kernels.bench_meter import cache_bytes, ceiling, device_name, peak_mib, stopwatch, synchronize
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+DEFAULT_SIZES = {"cpu": Sizes(1024, 576, 49152), "cuda": Sizes(8192, 2048, 128256)}
+SETTINGS = ("dtype", "rows", "width", "vocab", "matmul", "clock", "threads")
+"""What must be equal, beside the device, where two files are compared."""
 ROOT = Path(__file__).resolve().parent.parent
 ERROR_ROWS = 64
-
-# variant -> products of 2*N*D*V operations, forward and backward
-LINEAR_LOGPS = {
-    "full logits": 3,
-    "recompute": 4,
-    "stash": 3,
-    "frozen head": 2,
-    "no gradient": 1,
-    "F.linear_cross_entropy": 4,
-}
-SMALL = {
-    "rms_norm": (reference.rms_norm, rms_norm),
-    "swiglu_linear": (reference.swiglu_linear, swiglu_linear),
-    "rope": (reference.apply_rope, apply_rope),
-}
-HEAD = f"{'variant':24}{'max error':>11}{'grad error':>12}{'ms':>10}{'GFLOP/s':>10}{'share':>8}{'MiB':>8}"
+MOST_SETS = 256
+"""Of inputs that take turns."""
+HEAD = f"{'':30}{'error':>9}{'grad err':>9}{'ms':>10}{'speed':>17}{'share':>7}{'MiB':>8}"
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     if options.row is not None:
-        print(json.dumps(measure(options.row, options)))
+        print(json.dumps(measure(*options.row, options)))
         return 0
-    if not available("F.linear_cross_entropy"):
-        print("note: this PyTorch has no F.linear_cross_entropy")
-    threads = options.threads or torch.get_num_threads()
-    print(f"{device_name()}, {threads} threads, torch {torch.__version__}, {options.dtype}")
-    variants = list(LINEAR_LOGPS) if options.op == "linear_logps" else ["plain", "ours"]
-    print(f"{options.op}: {shape_words(options)}\n{HEAD}")
-    rows = []
-    for variant in variants:
-        if available(variant):
-            rows.append(run_row(variant, sys.argv[1:] if arguments is None else arguments))
-            print(row_words(rows[-1]), flush=True)
+    about = describe(options)
+    try:
+        older = read_older(options.compare, about) if options.compare else {}
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {about['dtype']}")
+    readings = []
+    for op in options.op:
+        print(f"\n{op}: {shape_words(op, sizes_of(options))}\n{HEAD}")
+        for variant in variants(op, DTYPES[options.dtype], torch.device(options.device)):
+            row = run_row(op, variant, arguments)
+            print(row_words(row, older.get((op, variant.name))), flush=True)
+            readings.append(row)
     if options.json:
-        about = {"device": device_name(), "threads": threads, "torch": torch.__version__}
-        shape = {key: getattr(options, key) for key in ("op", "dtype", "rows", "width", "vocab", "matmul", "clock")}
-        Path(options.json).write_text(json.dumps({**about, **shape, "readings": rows}, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps({**about, "readings": readings}, indent=1) + "\n")
     return 0
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=["linear_logps", *SMALL], default="linear_logps")
+    parser.add_argument("--op", nargs="+", choices=list(OPERATORS), default=list(OPERATORS), help="default: all")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, where there is one")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
-    parser.add_argument("--rows", type=int, default=1024, help="tokens (default 1024)")
-    parser.add_argument("--width", type=int, default=576, help="width of the hidden states (default 576)")
-    parser.add_argument("--vocab", type=int, default=49152, help="vocabulary, for linear_logps (default 49152)")
+    parser.add_argument("--rows", type=int, help="tokens (default 1024, on a GPU 8192)")
+    parser.add_argument("--width", type=int, help="width of the hidden states (default 576, on a GPU 2048)")
+    parser.add_argument("--vocab", type=int, help="vocabulary (default 49152, on a GPU 128256)")
     parser.add_argument("--matmul", choices=["highest", "medium"], default="highest", help="float32 products")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="default: what torch takes")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: what torch takes)")
     parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: time of this process, all threads"
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: time of the process, all threads"
     )
     parser.add_argument("--json", help="write the readings to this file")
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # how a row's own process is told what to measure
+    parser.add_argument("--compare", help="beside each row, what a file of --json says, read on this very device")
+    parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)  # how a row's own process is told what to measure
     options = parser.parse_args(arguments)
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here; use cpu")
+    if options.device == "cuda" and options.clock == "cpu":
+        parser.error("--clock cpu: a GPU is timed by its own events; leave it out")
+    defaults = DEFAULT_SIZES[options.device]
+    for name in ("rows", "width", "vocab"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(defaults, name))
     for name in ("rows", "width", "vocab", "repeats"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    if options.width % 2:
+        parser.error(f"--width {options.width}: must be even, rope turns pairs")
     return options
 
 
-def available(variant: str) -> bool:
-    return variant != "F.linear_cross_entropy" or hasattr(torch.nn.functional, "linear_cross_entropy")
+def sizes_of(options: argparse.Namespace) -> Sizes:
+    return Sizes(options.rows, options.width, options.vocab)
 
 
-def run_row(variant: str, arguments: list[str]) -> dict[str, Any]:
+def describe(options: argparse.Namespace) -> dict[str, Any]:
+    """What a file of readings says about all of them."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    settings["threads"] = options.threads or torch.get_num_threads()
+    device = device_name(torch.device(options.device))
+    return {"device": device, "torch": torch.__version__, "triton": triton, **settings}
+
+
+def read_older(path: str, about: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The readings of a file of --json. Raises ValueError unless device and settings are those of `about`."""
+    try:
+        older = json.loads(Path(path).read_text())
+        readings = {(row["op"], row["variant"]): row for row in older["readings"]}
+        device, *settings = (older[name] for name in ("device", *SETTINGS))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--compare {path}: not a file that --json wrote ({error})") from None
+    if device != about["device"]:
+        raise ValueError(
+            f"--compare {path}: read on {device}, this is {about['device']}: numbers of two devices are not comparable"
+        )
+    for name, value in zip(SETTINGS, settings, strict=True):
+        if value != about[name]:
+            raise ValueError(f"--compare {path}: {name} is {value} there and {about[name]} here; measure alike")
+    return readings
+
+
+def run_row(op: str, variant: Variant, arguments: list[str]) -> dict[str, Any]:
     """Measure one row in a fresh process."""
-    command = [sys.executable, "-m", "kernels.bench", *arguments, "--row", variant]
+    name = {"op": op, "variant": variant.name}
+    if variant.missing:
+        return {**name, "not_available": variant.missing}
+    command = [sys.executable, "-m", "kernels.bench", *arguments, "--row", op, variant.name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        return {"variant": variant, "failed": done.stderr.strip().splitlines()[-1:]}
-    return json.loads(done.stdout.splitlines()[-1])
+        return {**name, "failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
+    return {**name, **json.loads(done.stdout.splitlines()[-1])}
 
 
-def measure(variant: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(op: str, variant_name: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.matmul)
     torch.manual_seed(0)
-    dtype = DTYPES[options.dtype]
-    if options.op == "linear_logps":
-        inputs = linear_logps_inputs(options.rows, options.width, options.vocab, dtype)
-        function, truth = linear_logps_variant(variant), reference.linear_logps
-        work = 2 * options.rows * options.width * options.vocab * LINEAR_LOGPS[variant]
-    else:
-        inputs = small_inputs(options.op, options.rows, options.width, dtype)
-        truth, ours = SMALL[options.op]
-        function, work = ours if variant == "ours" else truth, 0
-    gradient = variant != "no gradient"
-    frozen = (1,) if variant == "frozen head" else ()
-    leaves = [
-        tensor.requires_grad_(gradient and index not in frozen) if index in trained(options.op) else tensor
-        for index, tensor in enumerate(inputs)
+    dtype, device, sizes = DTYPES[options.dtype], torch.device(options.device), sizes_of(options)
+    operator = OPERATORS[op]
+    (variant,) = (found for found in variants(op, dtype, device) if found.name == variant_name)
+    sets = input_sets(operator, variant, sizes, dtype, device)
+    function, note = variant.make(sets[0])
+    error, gradient_error = errors(function, operator, sets[0], variant.trained > 0)
+    with torch.set_grad_enabled(variant.trained > 0):
+        results = as_tuple(function(*sets[0]))
+    rounds = [
+        partial(step, function, inputs, [torch.randn_like(result) for result in results] if variant.trained else None)
+        for inputs in sets
     ]
+    del results
+    peak = peak_mib(rounds[0], device)
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    forget_peak()
-    before = peak_mib()
-    milliseconds, limit = timings(function, leaves, options.repeats, gradient, clock)
-    peak = peak_mib() - before
-    error, gradient_error = errors(function, truth, leaves, options.op == "linear_logps")
-    row = {"variant": variant, "max_error": error, "gradient_error": gradient_error, "milliseconds": milliseconds}
-    speed = work / milliseconds / 1e6
-    return {**row, "gflops": speed, "gemm_share": speed / limit if work else 0.0, "peak_mib": peak}
+    seconds, best_speed = timings(rounds, ceiling(device, dtype, operator.is_gemm), options.repeats, device, clock)
+    work = operator.work(sizes) * variant.times * (1 if operator.is_gemm else dtype.itemsize)
+    return {
+        "max_error": error,
+        "gradient_error": gradient_error,
+        "milliseconds": seconds * 1e3,
+        "speed": work / seconds / (1e12 if operator.is_gemm else 1e9),
+        "unit": "TFLOP/s" if operator.is_gemm else "GB/s",
+        "share": work / seconds / best_speed,
+        "peak_mib": peak,
+        "input_sets": len(sets),
+        "note": note,
+    }
 
 
-def trained(op: str) -> tuple[int, ...]:
-    return {"rope": (0,), "swiglu_linear": (0, 1, 2)}.get(op, (0, 1))
+def input_sets(
+    operator: Operator, variant: Variant, sizes: Sizes, dtype: torch.dtype, device: torch.device
+) -> list[list[Tensor]]:
+    """So many that they take up twice the cache: before the turn of one comes again, the others have been there."""
+    inputs = operator.make(sizes, device)
+    size = sum(tensor.numel() for tensor in inputs) * dtype.itemsize
+    number = min(MOST_SETS, -(-2 * cache_bytes(device) // size))
+    sets = [inputs, *(operator.make(sizes, device) for _ in range(number - 1))]
+    for inputs in sets:
+        for index in range(operator.trained):
+            inputs[index] = inputs[index].to(dtype).requires_grad_(index < variant.trained)
+    return sets
 
 
-def linear_logps_inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> list[Any]:
-    """Logits spread like a trained model's (deviation 3, a likely token's near 20); half of the targets are likely."""
-    weight = torch.randn(vocabulary, width) * 0.1
-    targets = torch.randint(vocabulary, (rows,))
-    likely = torch.where(torch.arange(rows) % 2 == 0, targets, torch.randint(vocabulary, (rows,)))
-    hidden = torch.randn(rows, width) * (30 / math.sqrt(width)) + weight[likely] * (2000 / width)
-    return [hidden.to(dtype), weight.to(dtype), targets]
-
-
-def small_inputs(op: str, tokens: int, width: int, dtype: torch.dtype) -> list[Any]:
-    if op == "rms_norm":
-        return [torch.randn(tokens, width).to(dtype), torch.rand(width).to(dtype), 1e-5]
-    if op == "swiglu_linear":
-        inner = width * 8 // 3
-        weight = torch.randn(width, inner) / math.sqrt(inner)
-        return [torch.randn(tokens, inner).to(dtype), torch.randn(tokens, inner).to(dtype), weight.to(dtype)]
-    head = 64 if width % 64 == 0 else width
-    angles = torch.rand(tokens, head // 2) * 6
-    return [torch.randn(tokens, width // head, head).to(dtype), angles.cos(), angles.sin()]
-
-
-def linear_logps_variant(variant: str) -> Callable[..., Tensor]:
-    if variant == "full logits":
-        return reference.linear_logps
-    if variant == "F.linear_cross_entropy":  # with options it goes through the tokens in chunks
-        fused, chunked = torch.nn.functional.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
-        return lambda hidden, weight, targets: -fused(hidden, weight, targets, reduction="none", options=chunked)
-    return lambda hidden, weight, targets: linear_logps(hidden, weight, targets, stash=variant == "stash", impl="cpu")
-
-
-def timings(
-    function: Callable[..., Tensor], leaves: list[Any], repeats: int, gradient: bool, clock: Callable[[], float]
-) -> tuple[float, float]:
-    """(median milliseconds, best GFLOP/s of a bare product), taken in turn; the first round of each is not counted."""
-    left, right = torch.randn(2048, 576).to(leaves[0].dtype), torch.randn(576, 1536).to(leaves[0].dtype)
-    out = torch.empty(2048, 1536, dtype=left.dtype)
-    times, product_times = [], []
-    for _ in range(repeats + 1):
-        product_times.append(seconds(lambda: torch.mm(left, right, out=out), clock))
-        times.append(seconds(lambda: step(function, leaves, gradient), clock))
-    return statistics.median(times[1:]) * 1e3, 2 * left.numel() * 1536 / min(product_times[1:]) / 1e9
-
-
-def step(function: Callable[..., Tensor], leaves: list[Any], gradient: bool) -> None:
-    with torch.set_grad_enabled(gradient):
-        out = function(*leaves)
-    if gradient:
-        out.sum().backward()
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
+def step(function: Function, inputs: list[Tensor], upstream: list[Tensor] | None) -> None:
+    """Forward, and backward where there is an upstream gradient."""
+    with torch.set_grad_enabled(upstream is not None):
+        results = as_tuple(function(*inputs))
+    if upstream is not None:
+        torch.autograd.backward(results, upstream)
+        for leaf in inputs:
             leaf.grad = None
 
 
-def seconds(function: Callable[[], Any], clock: Callable[[], float]) -> float:
-    start = clock()
-    function()
-    return clock() - start
-
-
-def errors(
-    function: Callable[..., Tensor], truth: Callable[..., Tensor], leaves: list[Any], by_rows: bool
+def timings(
+    rounds: list[Callable[[], None]],
+    limit: tuple[Callable[[], object], float],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float],
 ) -> tuple[float, float]:
+    """(median seconds of a round, the most that the ceiling's function did a second), read in turn."""
+    time_of = stopwatch(device, clock)
+    most, work = limit
+    readings = [(time_of(most), time_of(rounds[index % len(rounds)])) for index in range(repeats + 1)]
+    synchronize(device)
+    ceilings, times = zip(*((of_most(), of_round()) for of_most, of_round in readings[1:]), strict=True)
+    return statistics.median(times), work / min(ceilings)
+
+
+def errors(function: Function, operator: Operator, inputs: list[Tensor], gradient: bool) -> tuple[float, float | None]:
     """(largest error of the values, largest error of a gradient relative to its largest entry) against float64.
 
-    For linear_logps on the first rows only: float64 logits of all of them would be the largest thing here.
+    On the first rows only: float64 results of all would be the largest thing here. The function itself runs on all
+    rows, with an upstream gradient that is 0 elsewhere.
     """
-    if by_rows:
-        leaves = [leaves[0].detach()[:ERROR_ROWS].requires_grad_(leaves[0].requires_grad), *leaves[1:]]
-        leaves[2] = leaves[2][:ERROR_ROWS]
-    exact = [widened(leaf) for leaf in leaves]
-    value, expected = function(*leaves), truth(*exact)
-    error = float((value.detach().double() - expected.detach()).abs().max())
-    wanted = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if not wanted:
-        return error, 0.0
-    grads = torch.autograd.grad(value.sum(), [leaves[index] for index in wanted])
-    exact_grads = torch.autograd.grad(expected.sum(), [exact[index] for index in wanted])
-    pairs = zip(grads, exact_grads, strict=True)
-    return error, max(float((one.double() - other).abs().max() / other.abs().max()) for one, other in pairs)
+    rows = min(ERROR_ROWS, len(inputs[operator.by_row[0]]))
+    exact_inputs = [
+        widened(tensor[:rows] if index in operator.by_row else tensor) for index, tensor in enumerate(inputs)
+    ]
+    exact = as_tuple(operator.plain(*exact_inputs))
+    with torch.set_grad_enabled(gradient):
+        found = as_tuple(function(*inputs))
+    error = max(largest(one[:rows].detach() - other.detach()) for one, other in zip(found, exact, strict=True))
+    if not gradient:
+        return error, None
+    upstream = [torch.randn_like(result) for result in found]
+    for tensor in upstream:
+        tensor[rows:] = 0
+    wanted = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
+    grads = torch.autograd.grad(found, [inputs[index] for index in wanted], upstream)
+    exact_upstream = [tensor[:rows].double() for tensor in upstream]
+    exact_grads = torch.autograd.grad(exact, [exact_inputs[index] for index in wanted], exact_upstream)
+    pairs = zip(wanted, grads, exact_grads, strict=True)
+    return error, max(
+        largest((one[:rows] if index in operator.by_row else one) - other) / largest(other)
+        for index, one, other in pairs
+    )
 
 
-def widened(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and leaf.is_floating_point():
-        return leaf.detach().double().requires_grad_(leaf.requires_grad)
-    return leaf
+def as_tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
-def forget_peak() -> None:
-    """Let the peak that the kernel remembers fall to what is resident now, where it allows that."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
+def largest(values: Tensor) -> float:
+    return float(values.detach().abs().max())
 
 
-def peak_mib() -> float:
-    """The largest resident size of this process so far, MiB; 0 where the system does not say."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0.0)
+def widened(tensor: Tensor) -> Tensor:
+    """A float64 copy that is a leaf; integers as they are."""
+    return tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
 
 
-def device_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"CPU {names[0]}" if names else "CPU"
-
-
-def shape_words(options: argparse.Namespace) -> str:
-    if options.op == "linear_logps":
-        return f"hidden ({options.rows}, {options.width}), weight ({options.vocab}, {options.width})"
-    return f"({options.rows}, {options.width})"
-
-
-def row_words(row: dict[str, Any]) -> str:
-    if "failed" in row:
-        return f"{row['variant']:24} failed: {' '.join(row['failed'])}"
-    numbers = f"{row['max_error']:11.1e}{row['gradient_error']:12.1e}{row['milliseconds']:10.1f}"
-    speed = f"{row['gflops']:10.0f}{row['gemm_share']:8.2f}" if row["gflops"] else f"{'':18}"
-    return f"{row['variant']:24}{numbers}{speed}{row['peak_mib']:8.0f}"
+def row_words(row: dict[str, Any], older: dict[str, Any] | None = None) -> str:
+    name = f"{row['variant']:30}"
+    for reason in ("not_available", "failed"):
+        if reason in row:
+            return f"{name}{'n/a' if reason == 'not_available' else 'failed'} ({row[reason]})"
+    gradient, peak = row["gradient_error"], row["peak_mib"]
+    words = f"{name}{row['max_error']:9.1e}{'-' if gradient is None else format(gradient, '.1e'):>9}"
+    words += f"{row['milliseconds']:10.4g}{row['speed']:9.3g} {row['unit']:7}{row['share']:7.2f}"
+    words += f"{'n/a' if peak is None else format(peak, '.0f'):>8}"
+    if older is not None and "milliseconds" in older:
+        words += f"  was {older['milliseconds']:.4g} ms: {row['milliseconds'] / older['milliseconds']:.2f} times that"
+    return f"{words}  {row['note']}".rstrip()
 
 
 if __name__ == "__main__":
