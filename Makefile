@@ -14,6 +14,7 @@ MODEL := models/SmolLM2-135M-Instruct
 PAIRS := data/quickstart
 QUICKSTART := trainer/configs/quickstart.toml
 RUN := runs/quickstart
+GPU_READINGS := runs/gpu/kernels.json
 
 # Threads that wait for work must not spin: on few cores they take the time of those that have some.
 export OMP_WAIT_POLICY ?= passive
@@ -35,8 +36,11 @@ test: $(VENV)/test.stamp  ## run the tests that take seconds (a few minutes in a
 test-long: $(VENV)/test.stamp  ## run the tests that take minutes
 	$(BIN)/python -m pytest -q -m long -rs
 
-test-gpu: $(VENV)/test.stamp  ## run the tests that need a GPU; all are skipped where there is none
+test-gpu: $(VENV)/test.stamp  ## run the tests that need a GPU, then time every kernel; without a GPU both are skipped
 	$(BIN)/python -m pytest -q -m gpu -rs
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  mkdir -p $(dir $(GPU_READINGS)) && $(BIN)/python -m kernels.bench --device cuda --json $(GPU_READINGS); \
+	else echo "no GPU here: kernels.bench is skipped"; fi
 
 lint: $(VENV)/test.stamp  ## ruff and mypy
 	$(BIN)/ruff check .
