@@ -106,22 +106,31 @@ def call_in_child(function: Callable[..., None], *args: Any) -> None:
 def start_function(function: Callable[..., None], *args: Any, **kwargs: Any) -> BaseProcess:
     """Start a test module's function in a process of its own, forked from one that has torch imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.train"])
+    context.set_forkserver_preload(["trainer.train", "torch.distributed.fsdp"])
     process = context.Process(target=function, args=args, kwargs=kwargs, daemon=True)
     process.start()
     return process
 
 
-def run_ranks(argv: list[str], folder: Path, world_size: int = 2) -> list[int]:
-    """The run as `world_size` processes, as torchrun would start them; output in `folder/rank_N`. Exit codes."""
+def start_ranks(argv: list[str], folder: Path, world_size: int = 2) -> list[BaseProcess]:
+    """The run as `world_size` processes, as torchrun would start them; output in `folder/rank_N`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
+    return [
         start_child(argv, folder / f"rank_{rank}", environment={**common, "RANK": str(rank)})
         for rank in range(world_size)
     ]
+
+
+def run_ranks(argv: list[str], folder: Path, world_size: int = 2) -> list[int]:
+    """`start_ranks`, waited for; returns the exit codes."""
+    return exit_codes(start_ranks(argv, folder, world_size))
+
+
+def exit_codes(ranks: list[BaseProcess]) -> list[int]:
+    """Wait for them; one that hangs is killed."""
     for process in ranks:
         process.join(timeout=PATIENCE_S)
         if process.exitcode is None:

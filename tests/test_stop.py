@@ -134,9 +134,7 @@ def test_a_real_process_gets_sigterm(tiny_model_dir: Path, tmp_path: Path, whole
     assert process.exitcode == 0
     done = len(rows(folder))
     text = (tmp_path / "out").read_text(encoding="utf-8")
-    assert (
-        f"SIGTERM: saving after this step\n{folder}: stopped after step {done} of 2000 (SIGTERM)\nresume with" in text
-    )
+    assert f"SIGTERM: saving, then stopping\n{folder}: stopped after step {done} of 2000 (SIGTERM)\nresume with" in text
     assert f"step_{done}" in steps(folder) and not any(name.endswith(".tmp") for name in steps(folder))
 
 

@@ -53,7 +53,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.ask(name)
         if dist.is_main():  # not print: the signal may have come in the middle of one
-            os.write(2, f"\n{name}: saving after this step\n".encode())
+            os.write(2, f"\n{name}: saving, then stopping\n".encode())
 
 
 def resume_command(argv: Sequence[str]) -> str:
