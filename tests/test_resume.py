@@ -57,7 +57,7 @@ INSTANTS = {
     "between the files of a checkpoint": "open checkpoints/step_2.tmp/optimizer.safetensors",
     "before the manifest": "open checkpoints/step_3.tmp/manifest.json",
     "before a checkpoint gets its name": "os.rename checkpoints/step_3.tmp",
-    "before an old checkpoint goes": "shutil.rmtree checkpoints/step_2",
+    "before an old checkpoint goes": "os.rename checkpoints/step_2",
     "in the midst of the export": "open export.tmp/model.safetensors",
     "before the export gets its name": "os.rename export.tmp",
 }

@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -258,4 +259,8 @@ def remove_old(checkpoints: Path, keep_last: int, *, step: int) -> None:
     numbers = (int(path.name[5:]) for path in checkpoints.glob("step_*") if path.name[5:].isdigit())
     steps = [checkpoints / f"step_{number}" for number in sorted(numbers) if number <= step]
     for path in steps[:-keep_last]:
-        shutil.rmtree(path, ignore_errors=True)
+        half_gone = path.with_name(f"{path.name}.tmp")  # what a kill leaves of it must not look like a checkpoint
+        shutil.rmtree(half_gone, ignore_errors=True)
+        with suppress(OSError):
+            os.rename(path, half_gone)
+            shutil.rmtree(half_gone, ignore_errors=True)

@@ -108,15 +108,16 @@ def remove_leftovers(run_dir: str | Path) -> list[Path]:
 def find_checkpoints(run_dir: str | Path, *, warn: Callable[[str], None] = say) -> list[Path]:
     """The `checkpoints/step_N` with a whole manifest and files of the right sizes, newest first.
 
-    A damaged one is named through `warn` and left out. Raises CheckpointError when all are damaged: starting over would
-    bury what may still be saved.
+    A damaged one is left out, and named through `warn` if no newer one is whole. Raises CheckpointError when all are
+    damaged: starting over would bury what may still be saved.
     """
     steps, whole = _steps(run_dir), []
     for path in steps:
         try:
             read_manifest(path)
         except CheckpointError as error:
-            warn(f"passed over: {error}")
+            if not whole:
+                warn(f"passed over: {error}")
         else:
             whole.append(path)
     if steps and not whole:
