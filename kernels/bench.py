@@ -16,6 +16,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,9 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_SIZES = {"cpu": Sizes(1024, 576, 49152), "cuda": Sizes(8192, 2048, 128256)}
 SETTINGS = ("dtype", "rows", "width", "vocab", "matmul", "clock", "threads")
 """What must be equal, beside the device, where two files are compared."""
+KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+"""A row's process keeps freed buffers, as a training run tells glibc to: mapped anew each time, they would take up to
+half of a small operator's time."""
 ROOT = Path(__file__).resolve().parent.parent
 ERROR_ROWS = 64
 MOST_SETS = 256
@@ -143,7 +147,7 @@ def run_row(op: str, variant: Variant, arguments: list[str]) -> dict[str, Any]:
     if variant.missing:
         return {**name, "not_available": variant.missing}
     command = [sys.executable, "-m", "kernels.bench", *arguments, "--row", op, variant.name]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | KEEP_FREED, capture_output=True, text=True)
     if done.returncode:
         return {**name, "failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
     return {**name, **json.loads(done.stdout.splitlines()[-1])}
