@@ -19,8 +19,10 @@ from data_tools.encode import Group
 from trainer.batch import Stream, build_stream
 from trainer.config import LossConfig
 from trainer.losses import preference_loss
+from trainer.models import decoder
 from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import hf_name, load_decoder
+from trainer.models.tied_embedding import embed_tied
 from trainer.objective import Objective, Terms, group_weights, pair_sums
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -271,10 +273,14 @@ def test_ld_dpo_of_trl(trl: Oracle, shared_dir: Path) -> None:
 
 
 @pytest.fixture
-def pad_token_like_transformers(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def pad_token_like_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers gives the lookup of config.json's pad token no gradient, although id 2 also ends every turn here."""
-    for model in (models.init, models.perturbed):
-        monkeypatch.setattr(model.embed_tokens, "padding_idx", 2)
+
+    def embed(weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        rows, head = embed_tied(weight, tokens)
+        return torch.where((tokens == 2)[:, None], rows.detach(), rows), head
+
+    monkeypatch.setattr(decoder, "embed_tied", embed)
 
 
 def check_gradients(oracle: Oracle, kind: str, phase: str, batch: int) -> None:

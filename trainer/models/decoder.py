@@ -19,6 +19,7 @@ from kernels.swiglu_linear import swiglu_linear
 from trainer.batch import Stream
 from trainer.models.attention_form import stream_attend
 from trainer.models.config import ModelConfig
+from trainer.models.tied_embedding import embed_tied
 
 SHAPE_STEP = 32
 """Tokens and scored tokens are padded to a multiple of this, so that products have few different shapes: the CPU
@@ -138,18 +139,25 @@ class Decoder(nn.Module):
         num_tokens, num_scored = len(stream.tokens), len(stream.score_targets)
         dtype = self.embed_tokens.weight.dtype
         shared = SharedByLayers(stream, self.config, self.kernel_impl, self.attention_form, dtype)
-        x_TD, added_TD = self.embed_tokens(_padded(stream.tokens)), None
+        x_TD, head_weight = self._embed(_padded(stream.tokens))
+        added_TD = None
         for layer in self.layers:
             x_TD, added_TD = layer(x_TD, added_TD, shared)
         x_TD = _sum(x_TD, added_TD)
         if output == "logps":
             _, hidden_ND = self.norm(x_TD.index_select(0, _padded(stream.score_index)), None, self.kernel_impl)
             targets = _padded(stream.score_targets)
-            logps = linear_logps(hidden_ND, self.head_weight, targets, stash=self.stash_logits, impl=self.kernel_impl)
+            logps = linear_logps(hidden_ND, head_weight, targets, stash=self.stash_logits, impl=self.kernel_impl)
             return logps[:num_scored].clone()  # not a view: FSDP2 hooks the tensor that is returned
         _, hidden_TD = self.norm(x_TD, None, self.kernel_impl)
         hidden_TD = hidden_TD[:num_tokens]
-        return hidden_TD if output == "hidden" else F.linear(hidden_TD, self.head_weight)
+        return hidden_TD if output == "hidden" else F.linear(hidden_TD, head_weight)
+
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, D) of the tokens, and the head's weight."""
+        if self.lm_head is None:
+            return embed_tied(self.embed_tokens.weight, tokens)
+        return self.embed_tokens(tokens), self.lm_head.weight
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
