@@ -89,7 +89,11 @@ def smollm2_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama (hidden size 64, untied head) with a byte-level BPE tokenizer and a ChatML template."""
-    folder = tmp_path_factory.mktemp("tiny_model")
+    return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+def write_tiny_model(folder: Path) -> Path:
+    """Fill an empty folder with the model of `tiny_model_dir`."""
     tokenizer = _tiny_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     named = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
