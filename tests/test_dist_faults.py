@@ -180,3 +180,18 @@ def test_one_fault_after_another(tiny_model_dir: Path, tmp_path: Path) -> None:
     for process in ranks:
         process.kill()
     assert rows(folder) == rows(undisturbed)[:done]
+
+
+def test_an_export_that_the_disk_refuses_ends_both_ranks(whole: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Rank 0 writes; what the other one sends after that has to go somewhere."""
+    folder = tmp_path / "run"
+    ranks = start_ranks(arguments(folder, tiny_model_dir, *SETTINGS), tmp_path)
+    wait_for_rows(folder, 2, ranks)
+    (folder / "export.tmp").write_text("a file where a folder should be")
+    assert exit_codes(ranks) == [1, 1]
+    for rank in (0, 1):
+        assert_stopped_in_one_line(tmp_path / f"rank_{rank}", f"{folder}/export: the export cannot be written (File ex")
+    assert run_ranks(arguments(folder, tiny_model_dir, *SETTINGS), tmp_path) == [1, 1]  # it is nobody's leftover
+    (folder / "export.tmp").unlink()
+    assert run_ranks(arguments(folder, tiny_model_dir, *SETTINGS), tmp_path) == [0, 0]
+    assert rows(folder) == rows(whole) and contents(folder / "export") == contents(whole / "export")

@@ -16,10 +16,11 @@ from data_tools.encode import Group
 from data_tools.tokenizer import load_tokenizer
 from trainer import export as export_module
 from trainer.batch import build_stream
-from trainer.errors import RunError
-from trainer.export import export
+from trainer.errors import ModelError, RunError
+from trainer.export import export, planned_entries
 from trainer.models.decoder import Decoder
-from trainer.models.hf_weights import load_decoder
+from trainer.models.hf_weights import hf_name, load_decoder
+from trainer.parts import Part, parts_of
 
 TEXT = "<|im_start|>user\nIs it so? Ça va, 你好!<|im_end|>\n<|im_start|>assistant\nyes <|im_end|>\n"
 
@@ -114,6 +115,42 @@ def test_weights_are_written_in_the_dtype_they_came_in(tiny_model_dir: Path, tmp
         assert torch.equal(written[key], parameter.bfloat16()), name
     rounded = load_decoder(tmp_path / "export")
     assert_transformers_agrees(tmp_path / "export", rounded, tolerance=1e-5)
+
+
+def test_each_weight_keeps_the_dtype_it_came_in(tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "mixed"
+    shutil.copytree(tiny_model_dir, source)
+    tensors = load_file(source / "model.safetensors")
+    stored = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    export(load_decoder(source).named_parameters(), source=source, folder=tmp_path / "export")
+    written = load_file(tmp_path / "export" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in written.items()} == {n: t.dtype for n, t in stored.items()}
+    assert all(torch.equal(written[name], stored[name]) for name in stored)
+
+
+def parts_of_model(folder: Path) -> list[Part]:
+    return parts_of((hf_name(name), tensor) for name, tensor in load_decoder(folder).named_parameters())
+
+
+def test_what_would_not_fit_the_source_is_found_without_writing(tiny_model_dir: Path, tmp_path: Path) -> None:
+    parts = parts_of_model(tiny_model_dir)
+    entries = planned_entries(parts, tiny_model_dir)
+    stored = load_file(tiny_model_dir / "model.safetensors")
+    assert {entry.name: (entry.dtype, entry.shape) for entry in entries} == {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()
+    }
+    renamed = [part._replace(name="model.other.weight") if "q_proj" in part.name else part for part in parts]
+    with pytest.raises(ModelError, match=r"has no tensor 'model.other.weight', which this model would export"):
+        planned_entries(renamed, tiny_model_dir)
+    wider = [part._replace(shape=(part.shape[0] + 1, *part.shape[1:])) for part in parts]
+    with pytest.raises(ModelError, match=r"is \(\d+, 64\) torch.float32, this model would export \(\d+, 64\); use"):
+        planned_entries(wider, tiny_model_dir)
+    with pytest.raises(ModelError, match=r"tensor 'model.norm.weight' would be missing from the export"):
+        planned_entries([part for part in parts if part.name != "model.norm.weight"], tiny_model_dir)
+    save_file({name: tensor.int() for name, tensor in stored.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"None, this model would export"):  # a dtype that no export has
+        planned_entries(parts, tmp_path)
 
 
 def test_what_is_beside_the_weights_goes_along_byte_for_byte(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def remove_leftovers(run_dir: str | Path) -> list[Path]:
     found = sorted((run_dir / CHECKPOINTS).glob("step_*")) + sorted(run_dir.glob(f"{EXPORT}.*"))
     changed = []
     for path in found:
-        if path.suffix not in (".tmp", ".old"):
+        if path.suffix not in (".tmp", ".old") or not path.is_dir():
             continue
         if path.suffix == ".old" and not path.with_suffix("").exists():
             path.rename(path.with_suffix(""))
