@@ -16,7 +16,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -30,15 +29,12 @@ import torch
 from torch import Tensor
 
 from kernels.bench_cases import OPERATORS, Function, Operator, Sizes, Variant, shape_words, variants
-from kernels.bench_meter import cache_bytes, ceiling, device_name, peak_mib, stopwatch, synchronize
+from kernels.bench_meter import cache_bytes, ceiling, device_name, keep_freed, peak_mib, stopwatch, synchronize
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_SIZES = {"cpu": Sizes(1024, 576, 49152), "cuda": Sizes(8192, 2048, 128256)}
 SETTINGS = ("dtype", "rows", "width", "vocab", "matmul", "clock", "threads")
 """What must be equal, beside the device, where two files are compared."""
-KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-"""A row's process keeps freed buffers, as a training run tells glibc to: mapped anew each time, they would take up to
-half of a small operator's time."""
 ROOT = Path(__file__).resolve().parent.parent
 ERROR_ROWS = 64
 MOST_SETS = 256
@@ -147,7 +143,7 @@ def run_row(op: str, variant: Variant, arguments: list[str]) -> dict[str, Any]:
     if variant.missing:
         return {**name, "not_available": variant.missing}
     command = [sys.executable, "-m", "kernels.bench", *arguments, "--row", op, variant.name]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | KEEP_FREED, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         return {**name, "failed": (done.stderr.strip().splitlines() or ["killed"])[-1]}
     return {**name, **json.loads(done.stdout.splitlines()[-1])}
@@ -172,6 +168,8 @@ def measure(op: str, variant_name: str, options: argparse.Namespace) -> dict[str
     ]
     del results
     peak = peak_mib(rounds[0], device)
+    keep_freed()
+    rounds[0]()
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     seconds, best_speed = timings(rounds, ceiling(device, dtype, operator.is_gemm), options.repeats, device, clock)
     work = operator.work(sizes) * variant.times * (1 if operator.is_gemm else dtype.itemsize)
