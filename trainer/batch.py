@@ -90,6 +90,12 @@ def build_stream(groups: Sequence[Group], *, score_prompt: bool = False) -> Stre
     return Stream(*joined, segment_tokens=torch.tensor(counts, dtype=torch.int64), layout=tuple(layout))
 
 
+def scored_tokens(group: Group, *, score_prompt: bool) -> int:
+    """Tokens of a group that the objective scores: N of a stream of this group alone."""
+    own = sum(stop - start for spans in group.spans for start, stop in spans)
+    return own + (max(0, group.lengths[0] - 1) if score_prompt else 0)
+
+
 def idle_stream() -> Stream:
     """The smallest stream there is, one prompt token and one scored token, both id 0: for a rank without a batch, whose
     forward pass must still run where all ranks gather the weights together."""

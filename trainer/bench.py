@@ -2,7 +2,7 @@
 
 The steps are those of a real run (startup, reference cache, optimizer), on the first pairs x steps rows in file order.
 The first step is not counted. Numbers of two machines are never comparable; the GEMM limit measured beside them says
-how fast this one is at this moment.
+how fast this one is at this moment. `python -m trainer.bench scaling` is trainer.bench_scaling.
 
 gflop_floor: what a step cannot do without: 6 x body parameters x unique tokens (forward, and backward twice that),
 6 D V a scored row, and attention over the pairs of tokens that may see each other.
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from data_tools.encode import Group
-from trainer import numerics
+from trainer import bench_scaling, numerics
+from trainer.batch import scored_tokens
 from trainer.config import Config, load_config
 from trainer.entry import run_command
 from trainer.errors import RunError, UserError
@@ -78,12 +79,6 @@ def gflop_floor(run: Run, groups: list[Group], *, score_prompt: bool) -> float:
         visible += prompt * (prompt + 1) // 2 + sum(b * prompt + b * (b + 1) // 2 for b in branches)
     attention = 12 * model.num_layers * model.num_heads * model.head_dim * visible
     return (6 * body * tokens + 6 * model.hidden_size * model.vocab_size * scored + attention) / 1e9
-
-
-def scored_tokens(group: Group, *, score_prompt: bool) -> int:
-    """Tokens of a group that the objective scores."""
-    own = sum(stop - start for spans in group.spans for start, stop in spans)
-    return own + (max(0, group.lengths[0] - 1) if score_prompt else 0)
 
 
 def bench_config(args: argparse.Namespace, run_dir: str) -> Config:
@@ -179,10 +174,12 @@ def main(argv: list[str]) -> None:
     step.add_argument("--matmul", default="auto", choices=["auto", "highest", "medium"])
     step.add_argument("--threads", type=int)
     step.add_argument("--json", help="write the numbers to this file too")
+    scaling = commands.add_parser("scaling", help="ranks, saves, the reference pass, a start that finds all cached")
+    bench_scaling.add_arguments(scaling)
     args = parser.parse_args(argv)
-    numbers = step_bench(args)
+    numbers = step_bench(args) if args.command == "step" else bench_scaling.scaling_bench(args)
     for name, value in numbers.items():
-        print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
+        print(f"{name:<34} {value:.4g}" if isinstance(value, float) else f"{name:<34} {value}")
     if args.json:
         try:
             Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
