@@ -146,6 +146,7 @@ def _own_heads(dtype: torch.dtype, device: torch.device) -> list[Variant]:
             plans["pointers"] = {"source": "pointers"}  # fused too
         forms |= {name: lambda stash, plan=plan: _planned_head(stash, plan) for name, plan in plans.items()}
     ways = (("recompute", 4, 2), ("stash", 3, 2), ("frozen head", 2, 1), ("no gradient", 1, 0))
+    # recompute on a CPU keeps some slabs, more the fewer rows there are: it does less than 4, and its share may pass 1
     return [
         Variant(f"{way}, {form}", lambda _, make=make, way=way: (make(way == "stash"), ""), times, trained)
         for form, make in forms.items()
