@@ -305,7 +305,7 @@ def test_every_key_survives_toml_with_a_value_that_is_not_its_default() -> None:
         "eval": {"every": 4, "max_pairs": 6},
         "checkpoint": {"every": 1, "keep_last": 1, "asynchronous": False},
         "run": {"dir": "d", "resume": "never", "log_every": 2, "progress": False, "tensorboard": "off", "device": "cpu",
-                "threads": 2, "export": False},
+                "threads": 2, "dry_run": True, "export": False},
         "dist": {"strategy": "fsdp", "replicas": 2, "grad_sync": "last", "cpu_offload": True, "timeout_s": 30.0},
     }  # fmt: skip
     not_for_dpo = {"orpo_nll", "simpo_gamma", "cpo_alpha"}

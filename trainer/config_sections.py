@@ -292,6 +292,8 @@ class RunConfig(Section):
     """Where the model is trained; auto: on a GPU if PyTorch finds one, one for each rank of a machine."""
     threads: int | None = None
     """CPU threads of one rank; none: PyTorch's choice."""
+    dry_run: bool = False
+    """Print how much memory each rank would need, for this world size and others, and end: nothing is loaded."""
     export: bool = True
     """Leave the trained model in run.dir/export as a Hugging Face folder."""
 

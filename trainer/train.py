@@ -12,6 +12,7 @@ from data_tools.shards import Shard
 from trainer import dist, numerics
 from trainer.checkpoint import find_damage, read_manifest
 from trainer.config import Config, load_config, to_toml
+from trainer.dry_run import dry_run
 from trainer.errors import CheckpointError, RunError, TrainingStopped
 from trainer.export import planned_entries
 from trainer.loop import Run, export_model, train
@@ -34,6 +35,9 @@ from trainer.stop import resume_command
 def main(argv: list[str]) -> None:
     """Train as `argv` says, resume, or say that the run is finished. Raises UserError for what the user can mend."""
     config = load_config(argv)
+    if config.run.dry_run:
+        dry_run(config)
+        return
     numerics.prepare_process()
     device = dist.choose_device(config.run.device)
     shard, held_out = open_data(config)
