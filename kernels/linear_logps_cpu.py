@@ -12,7 +12,7 @@ its target's logit and is raised when a slab shows that it lies too low (`_Sums.
 logit is not the product, which then is rounded as plain PyTorch rounds it.
 
 Four ways to the gradient, counted in products of 2*N*D*V floating-point operations:
-    recompute       4   forward, the slab once more, and two products with it; a few slabs are kept (`first_kept`)
+    recompute       4   forward, the slab once more, and two products with it; some slabs are kept (`KEPT_SHARE`)
     stash           3   `exps` of every slab is kept, in the weight's dtype: N*V numbers
     frozen head     2   the gradient by `hidden` is summed up in the forward, as attention sums its output
     no gradient     1
@@ -24,6 +24,7 @@ dtype of a slab while it is worked on, of sums, and of every (N,) number of the 
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.head import HeadOptions, LinearLogps, Partials
 from kernels.reference import compute_dtype
-from kernels.vocabulary_slabs import Room, Slab, cut_slabs, first_kept
+from kernels.vocabulary_slabs import KEPT_SHARE, Slab, cut_slabs, make_room
 
 LOG2E = math.log2(math.e)
 
@@ -255,8 +256,8 @@ class _LinearLogps(torch.autograd.Function):
         target_logits = first_logits.masked_fill(~inside, -torch.inf)
         sums = _Sums(head, first_logits, options, with_weighted=by_hidden and not in_backward)
         slabs = cut_slabs(columns, len(weight))
-        kept_from = first_kept(slabs, *hidden.shape, options.stash) if in_backward else len(weight)
-        room = Room(hidden, slabs, len(hidden), kept_from)
+        own = (math.inf if options.stash else KEPT_SHARE * weight.numel()) if in_backward else 0
+        room = make_room(hidden, slabs, own, weight.new_empty(weight.shape) if by_weight else None)
         centers = []
         for slab in slabs:
             sums.add(slab, room.place(slab), keep=room.keeps(slab))
@@ -279,7 +280,8 @@ class _LinearLogps(torch.autograd.Function):
             if room.keeps(slab):
                 _put_target_entries(room.place(slab), slab, pull, _gap(center, normaliser))
         if in_backward:
-            ctx.softcap, ctx.centers, ctx.kept_from = options.softcap, centers, kept_from
+            ctx.softcap, ctx.centers, ctx.lent = options.softcap, centers, room.lent
+            ctx.room = replace(room, work=None, kept=None, lent=None)
             ctx.save_for_backward(hidden, weight, bias, columns, pull, *normaliser, room.kept)
         elif by_hidden:
             ctx.hidden_dtype = hidden.dtype
@@ -298,24 +300,34 @@ class _LinearLogps(torch.autograd.Function):
             return (grad[:, None] * gradient).to(ctx.hidden_dtype), None, None, None, None, None
         hidden, weight, bias, columns, pull, *normaliser, kept = ctx.saved_tensors
         head, slabs = _Head(hidden, weight, bias, ctx.softcap), cut_slabs(columns, len(weight))
-        room = Room(hidden, slabs, len(hidden), ctx.kept_from, kept)
+        room = replace(ctx.room, work=hidden.new_empty(len(hidden) * slabs[0].stop), kept=kept, lent=ctx.lent)
+        grad_weight = room.lent
+        if by_weight and _graph_is_kept():  # a second backward will need what is kept in the gradient's memory
+            grad_weight = torch.empty_like(room.lent)
+        else:
+            ctx.lent = None  # autograd takes a gradient as it is where nobody else holds it
         grad_hidden = torch.zeros_like(hidden, dtype=head.wide) if by_hidden else None
-        grad_weight = torch.empty_like(weight) if by_weight else None
         grad_bias = torch.empty_like(bias) if by_bias else None
         top = _rounded(normaliser[0], hidden.dtype)
         factors = _Factors(hidden, grad, normaliser)
-        for slab, kept_center in zip(slabs, ctx.centers, strict=True):
+        for slab, kept_center in reversed(list(zip(slabs, ctx.centers, strict=True))):
             exps = room.place(slab)
             factor, scaled_hidden = factors.at(kept_center if room.keeps(slab) else top)
             if not room.keeps(slab):
                 _recompute(head, slab, top, exps, pull, _gap(top, normaliser))
-            if grad_weight is not None:
-                torch.mm(exps.T, scaled_hidden, out=grad_weight[slab.start : slab.stop])
             if grad_bias is not None:
                 grad_bias[slab.start : slab.stop] = head.widened(exps).T @ factor
             if grad_hidden is not None:
                 grad_hidden.addcmul_(factor[:, None], exps @ head.part(slab))
+            if grad_weight is not None:  # may write over exps
+                grad_weight[slab.start : slab.stop] = exps.T @ scaled_hidden
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that runs was called with retain_graph=True. PyTorch 2.13 says so to itself alone."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 class _Factors:

@@ -3,7 +3,7 @@
 Not here: what is computed. Letters: N rows, D width, V vocabulary, B columns of a slab.
 """
 
-import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 # At N 600 to 2048, D 576, V 49152, 1024 to 4096 columns differ by less than the noise; fewer are slower in bfloat16.
 SLAB_COLUMNS = 1024
 
-# Without the stash, the last slabs are kept still, as many as take this share of the room that the head's gradient will
-# take: (N, V) numbers are never kept, but at N 2048 and D 576 a seventh of them, which saves 0.14 of the 4 products.
-KEPT_SHARE = 0.5
+# Without the stash, the last slabs are kept still: as many as fit where the head's gradient will be, which is made in
+# the forward and lent to them until the backward writes it, and this share of as many again. At N 2048 and D 576 they
+# are half of all slabs, which saves half of one of 4 products, for 0.75 * V * D numbers.
+KEPT_SHARE = 0.75
 
 
 class Slab(NamedTuple):
@@ -37,29 +38,47 @@ def cut_slabs(targets: Tensor, vocabulary: int) -> list[Slab]:
     ]
 
 
-def first_kept(slabs: list[Slab], rows: int, width: int, stash: bool) -> int:
-    """The column from which on slabs are kept between forward and backward."""
-    vocabulary = slabs[-1].stop
-    room = math.inf if stash else KEPT_SHARE * vocabulary * width
-    return next((slab.start for slab in slabs if rows * (vocabulary - slab.start) <= room), vocabulary)
-
-
+@dataclass(frozen=True)
 class Room:
-    """Where slabs of `rows` rows are worked on: one place for all before column `kept_from`, then one for each.
+    """Where the (N, B) matrices of slabs lie: those that are kept from forward to backward, and one for all others.
 
-    kept: what is kept, from a room that was; without it, new memory in the dtype and on the device of `like`.
+    Slabs from column `kept_from` on have places of their own, in `kept`, and from `lent_from` on in `lent`: the
+    gradient (V, D) of the head, which the backward then writes from its end to its start. A slab's rows of it never
+    overlap the place of a slab before: its place begins at number N * (start - lent_from), its rows at D * start, which
+    is no less at start = lent_from, nor, because all places fit, at V, and so nowhere between. Its own place may
+    overlap.
     """
 
-    def __init__(self, like: Tensor, slabs: list[Slab], rows: int, kept_from: int, kept: Tensor | None = None) -> None:
-        self.rows, self.kept_from = rows, kept_from
-        self.work = like.new_empty(rows * min(kept_from, slabs[0].stop))
-        self.kept = like.new_empty(rows * (slabs[-1].stop - kept_from)) if kept is None else kept
+    rows: int
+    kept_from: int
+    lent_from: int
+    work: Tensor
+    kept: Tensor
+    lent: Tensor | None
 
     def keeps(self, slab: Slab) -> bool:
-        return slab.start >= self.kept_from
+        return self.kept_from <= slab.start
 
     def place(self, slab: Slab) -> Tensor:
-        """A contiguous (N, B) matrix."""
-        flat = self.kept[self.rows * (slab.start - self.kept_from) :] if self.keeps(slab) else self.work
+        """A contiguous (N, B) matrix: the slab's own, or the one for all that are not kept."""
+        flat, first = self.work, slab.start
+        if self.keeps(slab) and slab.start < self.lent_from:
+            flat, first = self.kept, self.kept_from
+        elif self.keeps(slab):
+            flat, first = self.lent.view(-1), self.lent_from
         columns = slab.stop - slab.start
-        return flat[: self.rows * columns].view(self.rows, columns)
+        return flat[self.rows * (slab.start - first) :][: self.rows * columns].view(self.rows, columns)
+
+
+def make_room(hidden: Tensor, slabs: list[Slab], own: float, lent: Tensor | None) -> Room:
+    """Room for matrices in the dtype of hidden (N, D): the last slabs are kept, in `lent` and in `own` numbers more."""
+    rows, vocabulary = len(hidden), slabs[-1].stop
+
+    def first_of(numbers: float) -> int:
+        """Where the last slabs begin whose matrices fit in so many numbers."""
+        return next((slab.start for slab in slabs if rows * (vocabulary - slab.start) <= numbers), vocabulary)
+
+    lent_from = vocabulary if lent is None else first_of(lent.numel())
+    kept_from = first_of(own + rows * (vocabulary - lent_from))
+    work, kept = (hidden.new_empty(rows * columns) for columns in (slabs[0].stop, lent_from - kept_from))
+    return Room(rows, kept_from, lent_from, work, kept, lent)

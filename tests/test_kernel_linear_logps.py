@@ -176,7 +176,10 @@ def test_no_tensor_of_rows_times_vocabulary_without_the_stash(way: str, whole: b
     inputs = make_inputs(rows, vocabulary, width, torch.float32)
     with LargestTensor() as watch:
         run(*inputs, way)
-    assert watch.elements == (rows * vocabulary if whole else vocabulary * width)
+    if whole:  # less what lies where the gradient of the head will be
+        assert rows * vocabulary - vocabulary * width <= watch.elements < rows * vocabulary
+    else:
+        assert watch.elements == vocabulary * width
 
 
 def test_without_gradients_nothing_but_one_slab_is_made() -> None:
