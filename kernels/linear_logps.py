@@ -40,7 +40,7 @@ def linear_logps(
         implementation takes it). targets (N,) int64 in [0, V). N may be 0.
     with_entropy, with_argmax: return a `LinearLogps` with these instead of the log-probabilities alone.
     stash: keep N * V numbers in the weight's dtype between forward and backward, which saves one product of four. Used
-        only when `weight` or `bias` asks for a gradient. Without it the CPU path keeps V * D / 2 numbers at most.
+        only when `weight` or `bias` asks for a gradient. Without it the CPU path keeps 0.75 * V * D numbers at most.
     vocab_start: `weight` and `bias` are a part of the vocabulary, from this token on, and `targets` are tokens of the
         whole. Without `combine`, the part's `Partials` are returned, without gradient. With it, the log-probabilities
         over the whole vocabulary; the gradients of `weight` and `bias` are the part's own, that of `hidden` is the
