@@ -25,6 +25,7 @@ from kernels.logits_logps import logps_from_logits
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import apply_rope
 from kernels.swiglu_linear import geglu_linear, swiglu_linear
+from kernels.vocabulary_slabs import KEPT_SHARE
 from trainer import numerics
 from trainer.batch import Stream, build_stream
 from trainer.models.attention_form import stream_attend
@@ -195,7 +196,7 @@ def test_linear_logps_by_the_ways_that_the_device_may_not_choose(
 @pytest.mark.parametrize("stash", [False, True])
 def test_memory_of_the_head(stash: bool, device: str) -> None:
     """bfloat16, forward and backward: what is held at the peak beyond inputs and gradients, against one (N, V) matrix
-    of logits, of which plain PyTorch holds several."""
+    of logits, of which plain PyTorch holds several. The CPU's way keeps some slabs: KEPT_SHARE of the weight's size."""
     rows, width, vocabulary = (512, 64, 32768) if device == "cpu" else (8192, 1024, 131072)
     hidden, weight = (torch.randn(n, width, dtype=torch.bfloat16, device=device) for n in (rows, vocabulary))
     hidden, weight = hidden.requires_grad_(), (weight / 32).requires_grad_()
@@ -207,7 +208,8 @@ def test_memory_of_the_head(stash: bool, device: str) -> None:
 
     peak = peak_bytes(step, device) - hidden.nbytes - weight.nbytes
     logits = rows * vocabulary * 2
-    assert peak <= (1.25 if stash else 0.25) * logits
+    kept = KEPT_SHARE * weight.nbytes if device == "cpu" and not stash else 0
+    assert peak - kept <= (1.25 if stash else 0.25) * logits
     assert peak >= logits or not stash
 
 
