@@ -33,11 +33,11 @@ def export(named_tensors: Iterable[tuple[str, Tensor]], *, source: str | Path, f
     """
     parts = {part.name: part for part in parts_of((hf_name(name), tensor) for name, tensor in named_tensors)}
     entries = planned_entries(parts.values(), source)
-    tensors = _whole_tensors(parts, entries)
+    tensors = whole_tensors(parts, entries)
     problem = None
     if dist.is_main():
         temporary = folder.with_name(folder.name + ".tmp")
-        problem = refusal(lambda: _write(temporary, folder, Path(source), entries, tensors))
+        problem = refusal(lambda: write_model(temporary, folder, Path(source), entries, tensors))
         if problem is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     for _ in tensors:  # what the others send: all of it on these ranks, the rest of it where the disk refused
@@ -52,7 +52,7 @@ def planned_entries(parts: Iterable[Part], source: str | Path) -> list[Entry]:
 
     Called before training, too: raises ModelError unless names and shapes are those of the folder the model came from.
     """
-    stored, entries = _headers(source), []
+    stored, entries = {name: header[:2] for name, header in headers(source).items()}, []
     for part in parts:
         if part.name not in stored:
             raise ModelError(source, f"has no tensor {part.name!r}, which this model would export; use matching files")
@@ -68,21 +68,21 @@ def planned_entries(parts: Iterable[Part], source: str | Path) -> list[Entry]:
     return widest_first(entries)
 
 
-def _headers(folder: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-    """Shape and dtype (None: one we do not write) of every tensor of a folder; reads none. Raises ModelError."""
+def headers(folder: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | None, Path]]:
+    """Shape, dtype (None: one we do not write) and file of every tensor of a folder; reads none. Raises ModelError."""
     found = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                     header = file.get_slice(name)
-                    found[name] = (tuple(header.get_shape()), DTYPES.get(header.get_dtype()))
+                    found[name] = (tuple(header.get_shape()), DTYPES.get(header.get_dtype()), path)
         except (SafetensorError, OSError) as error:
             raise ModelError(path, f"is not a whole safetensors file ({error}); copy it again") from None
     return found
 
 
-def _whole_tensors(parts: dict[str, Part], entries: list[Entry]) -> Iterator[Tensor | None]:
+def whole_tensors(parts: dict[str, Part], entries: list[Entry]) -> Iterator[Tensor | None]:
     """Each entry's tensor in CPU memory on rank 0, None on the others; every rank must go through to the end."""
     held = dist.gather_objects({name: (part.start, len(part.tensor)) for name, part in parts.items()})
     for name, dtype, shape in entries:
@@ -90,8 +90,10 @@ def _whole_tensors(parts: dict[str, Part], entries: list[Entry]) -> Iterator[Ten
         yield dist.gather_rows(own, shape, [ranges[name] for ranges in held])
 
 
-def _write(temporary: Path, folder: Path, source: Path, entries: list[Entry], tensors: Iterator[Tensor | None]) -> None:
-    """Rank 0's part of an export. Raises OSError."""
+def write_model(
+    temporary: Path, folder: Path, source: Path, entries: list[Entry], tensors: Iterator[Tensor | None]
+) -> None:
+    """Rank 0's part of an export: `tensors` in the order of `entries`, the other files of `source`. Raises OSError."""
     make_empty(temporary)
     for pattern in COPIED:
         for path in source.glob(pattern):
