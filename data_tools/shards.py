@@ -28,7 +28,17 @@ from typing import IO, Any
 
 import numpy as np
 
-from data_tools import chat_template, encode, jsonl, schema, tokenizer
+from data_tools import (
+    chat_template,
+    encode,
+    jsonl,
+    schema,
+    tokenizer,
+    tokenizer_bytes,
+    tokenizer_library,
+    tokenizer_pieces,
+    tokenizer_specials,
+)
 from data_tools.chat_template import ChatTemplate, load_chat_template
 from data_tools.disk import sync, user_cache
 from data_tools.encode import EncodeOptions, EncodeReport, Group, encode_records
@@ -51,7 +61,11 @@ ARRAYS: dict[str, type[np.generic]] = {
 MANIFEST = "manifest.json"
 
 # Modules that decide what a shard holds. Their text is part of the key: new code never opens what old code encoded.
-_ENCODING_FILES = [__file__, *(module.__file__ for module in (schema, jsonl, tokenizer, chat_template, encode))]
+_ENCODING_MODULES = (
+    *(tokenizer, tokenizer_bytes, tokenizer_library, tokenizer_pieces, tokenizer_specials),
+    *(schema, jsonl, chat_template, encode),
+)
+_ENCODING_FILES = [__file__, *(module.__file__ for module in _ENCODING_MODULES)]
 
 
 class Shard(Sequence[Group]):
