@@ -75,16 +75,18 @@ class _AddRMSNorm(torch.autograd.Function):
 def _check(operator: str, x: Tensor, weight: Tensor) -> None:
     if weight.ndim != 1 or x.ndim == 0 or x.shape[-1] != len(weight):
         raise ValueError(f"{operator} needs x (..., D) and weight (D,); got {tuple(x.shape)} and {tuple(weight.shape)}")
-    if x.dtype != weight.dtype:
-        raise ValueError(f"{operator}: x is {x.dtype} and weight {weight.dtype}; must be the same")
+    if weight.dtype not in (x.dtype, compute_dtype(x.dtype)):
+        problem = f"x is {x.dtype} and weight {weight.dtype}; must be the same, or the weight {compute_dtype(x.dtype)}"
+        raise ValueError(f"{operator}: {problem}")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis: (..., D), (D,) -> (..., D) in x's dtype.
 
-    Both bfloat16, float16, float32 or float64 (not by Triton), and the same. Statistics are float32 (float64 for
-    float64); the normalised value is rounded to x's dtype before the product with `weight`, as Llama in `transformers`
-    does it. Gradients flow into x and weight, once. impl: as `dispatch.resolve` takes it; Triton takes widths to 8192.
+    Both bfloat16, float16, float32 or float64 (not by Triton), and the same, or the weight float32. Statistics are
+    float32 (float64 for float64); the normalised value is rounded to x's dtype before the product with `weight`, as
+    Llama in `transformers` does it. Gradients flow into x and weight, once. impl: as `dispatch.resolve` takes it;
+    Triton takes widths to 8192.
     Raises ValueError if shapes or dtypes do not fit, or the implementation does not support them.
     """
     _check("rms_norm", x, weight)

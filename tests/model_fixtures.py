@@ -94,7 +94,7 @@ def padded_token_logps(
 def _padded_logits(parameters: dict[str, Tensor], config: ModelConfig, ids_BL: Tensor) -> Tensor:
     x = parameters["embed_tokens.weight"][ids_BL]
     length, half, rep = ids_BL.shape[1], config.head_dim // 2, config.num_heads // config.num_kv_heads
-    rates = 1.0 / config.rope_theta ** (torch.arange(half).float() * 2 / config.head_dim)
+    rates = 1.0 / config.layers[0].rope.theta ** (torch.arange(half).float() * 2 / config.head_dim)
     angles = torch.arange(length).float()[:, None] * rates  # float32 whatever x is, as in transformers
     turn = torch.complex(angles.cos(), angles.sin()).to(x.dtype.to_complex())[:, None]
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -121,7 +121,7 @@ def _padded_logits(parameters: dict[str, Tensor], config: ModelConfig, ids_BL: T
 
 
 def _norm(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
-    return x / (x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
+    return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:

@@ -40,21 +40,29 @@ def random_heads(tokens: int, *, heads: int = 6, kv_heads: int = 2, width: int =
     return [torch.randn(tokens, n, width, generator=generator).double() for n in (heads, kv_heads, kv_heads)]
 
 
-def batches_of(layout: tuple[GroupLayout, ...], inputs: list[Tensor]) -> list[HeadBatch]:
+def batches_of(layout: tuple[GroupLayout, ...], inputs: list[Tensor], window: int | None = None) -> list[HeadBatch]:
     q, k, _ = inputs
-    return head_batches(batch_blocks(layout, len(q)), len(q), q.shape[1], k.shape[1], q.dtype)
+    return head_batches(batch_blocks(layout, len(q), window), len(q), q.shape[1], k.shape[1], q.dtype)
 
 
-def definition(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, layout: tuple[GroupLayout, ...]) -> Tensor:
+def definition(
+    q_THh: Tensor,
+    k_TKh: Tensor,
+    v_TKh: Tensor,
+    layout: tuple[GroupLayout, ...],
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """A loop over tokens and heads; the scale is in q."""
     out = torch.zeros_like(q_THh)
     rep = q_THh.shape[1] // k_TKh.shape[1]
     for group in layout:
-        allowed = allowed_mask(group.lengths)
+        allowed = allowed_mask(group.lengths, window)
         for row in range(sum(group.lengths)):
             seen = group.start + allowed[row].nonzero().squeeze(1)
             for head in range(q_THh.shape[1]):
                 scores = k_TKh[seen, head // rep] @ q_THh[group.start + row, head]
+                scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
                 out[group.start + row, head] = scores.softmax(0) @ v_TKh[seen, head // rep]
     return out
 
@@ -75,17 +83,37 @@ def test_mask_by_hand() -> None:
     ]
 
 
+def test_mask_with_a_window_by_hand() -> None:
+    """Two tokens are seen, the own one among them; a branch's first token is next to the prompt's last."""
+    assert allowed_mask((2, 2, 1), window=2).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 1, 0, 0, 1],
+    ]
+
+
 @PATHS
+@pytest.mark.parametrize("window", [None, 1, 3, 6])
 @pytest.mark.usefixtures("cut")
-def test_blocks_let_through_what_the_mask_allows() -> None:
+def test_blocks_let_through_what_the_mask_allows(window: int | None) -> None:
     layout = layout_of(LENGTHS)
-    found = [pair for block in row_blocks(layout) for pair in visible(block)]
+    found = [pair for block in row_blocks(layout, window) for pair in visible(block)]
     expected = [
         (group.start + row, group.start + key)
         for group in layout
-        for row, key in allowed_mask(group.lengths).nonzero().tolist()
+        for row, key in allowed_mask(group.lengths, window).nonzero().tolist()
     ]
     assert sorted(found) == sorted(expected)
+
+
+def test_a_window_leaves_keys_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "WHOLE_GROUP", 0)
+    monkeypatch.setattr(attention, "ROWS", 3)
+    keys = [block.keys.tolist() for block in row_blocks(layout_of([(4, 5, 2)]), window=3)]
+    # prompt: 0-2, 3; first branch, positions 4-8 at places 4-8; second branch, positions 4-5 at places 9-10
+    assert keys == [[0, 1, 2], [1, 2, 3], [2, 3, 4, 5, 6], [5, 6, 7, 8], [2, 3, 9, 10]]
 
 
 def test_long_groups_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,12 +152,16 @@ def test_tokens_behind_the_groups_get_zeros_and_give_nothing() -> None:
 
 
 @PATHS
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("kv_heads", "window", "softcap"),
+    [(1, None, None), (2, None, None), (6, None, None), (2, 4, None), (2, None, 1.5), (3, 3, 2.0)],
+)
 @pytest.mark.usefixtures("cut")
-def test_values_and_gradients(kv_heads: int) -> None:
+def test_values_and_gradients(kv_heads: int, window: int | None, softcap: float | None) -> None:
     layout = layout_of(LENGTHS)
     inputs = [x.requires_grad_() for x in random_heads(layout[-1].stop, kv_heads=kv_heads)]
-    out, expected = stream_attention(*inputs, batches_of(layout, inputs)), definition(*inputs, layout)
+    out = stream_attention(*inputs, batches_of(layout, inputs, window), softcap)
+    expected = definition(*inputs, layout, window, softcap)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     found = torch.autograd.grad(out, inputs, cotangent)
@@ -141,8 +173,11 @@ def test_values_and_gradients(kv_heads: int) -> None:
 @pytest.mark.usefixtures("cut")
 def test_backward_is_the_derivative() -> None:
     inputs = [x.requires_grad_() for x in random_heads(7, heads=4, width=4)]
-    blocks = batches_of(layout_of([(2, 2, 3)]), inputs)
-    assert torch.autograd.gradcheck(lambda q, k, v: stream_attention(q, k, v, blocks), inputs)
+    for window, softcap in ((None, None), (3, 1.5)):
+        blocks = batches_of(layout_of([(2, 2, 3)]), inputs, window)
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, blocks=blocks, softcap=softcap: stream_attention(q, k, v, blocks, softcap), inputs
+        )
 
 
 @PATHS

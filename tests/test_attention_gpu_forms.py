@@ -10,13 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_fixtures import random_group, tiny_config
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
-from trainer.batch import GroupLayout
+from trainer.batch import GroupLayout, build_stream
+from trainer.errors import ModelError
 from trainer.models import flex_attention
 from trainer.models.attention import allowed_mask, batch_blocks, head_batches, stream_attention
-from trainer.models.attention_form import choose_form
+from trainer.models.attention_form import choose_form, stream_attend
 from trainer.models.flex_attention import block_mask, masked_attention
 from trainer.models.merge_attention import attend, attend_backward, merge_plan, merged_attention
 
@@ -42,11 +44,11 @@ def layout_of(lengths: list[tuple[int, ...]]) -> Layout:
     return tuple(GroupLayout(start, each) for start, each in zip(starts, lengths, strict=True))
 
 
-def visible(layout: Layout, num_tokens: int) -> Tensor:
+def visible(layout: Layout, num_tokens: int, window: int | None = None) -> Tensor:
     """(T, T) bool, the definition: the groups' masks along the diagonal."""
     allowed = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
     for group in layout:
-        allowed[group.start : group.stop, group.start : group.stop] = allowed_mask(group.lengths)
+        allowed[group.start : group.stop, group.start : group.stop] = allowed_mask(group.lengths, window)
     return allowed
 
 
@@ -65,9 +67,11 @@ def by_definition(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, allowed: Tensor) 
     return torch.einsum("hij,jhd->ihd", probs_HTT, v_THh)
 
 
-def by_blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    batches = head_batches(batch_blocks(layout, len(q)), len(q), q.shape[1], k.shape[1], q.dtype)
-    return stream_attention(q, k, v, batches)
+def by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None = None, softcap: float | None = None
+) -> Tensor:
+    batches = head_batches(batch_blocks(layout, len(q), window), len(q), q.shape[1], k.shape[1], q.dtype)
+    return stream_attention(q, k, v, batches, softcap)
 
 
 def with_gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -168,13 +172,13 @@ def test_flash_operators_take_what_the_merge_gives_them() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(LAYOUTS, st.integers(0, 5), st.sampled_from([2, 4, 16]))
-def test_flex_mask_and_its_tiles_are_the_definition(layout: Layout, tail: int, block: int) -> None:
+@given(LAYOUTS, st.integers(0, 5), st.sampled_from([2, 4, 16]), st.sampled_from([None, 1, 2, 5, 12]))
+def test_flex_mask_and_its_tiles_are_the_definition(layout: Layout, tail: int, block: int, window: int | None) -> None:
     num_tokens = layout[-1].stop + tail
-    allowed = visible(layout, num_tokens)
+    allowed = visible(layout, num_tokens, window)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex_attention, "BLOCK", block)
-        mask = block_mask(layout, num_tokens, CPU)
+        mask = block_mask(layout, num_tokens, CPU, window)
     dense = create_mask(mask.mask_mod, 1, 1, num_tokens, num_tokens, device="cpu")[0, 0]
     assert torch.equal(dense, allowed)
     padding = -num_tokens % block
@@ -216,6 +220,15 @@ def test_flex_gives_the_values_of_blocks_and_definition(kv_heads: int) -> None:
     check()
 
 
+@pytest.mark.usefixtures("_quiet")
+def test_flex_with_window_and_softcap_gives_the_values_of_blocks() -> None:
+    layout = layout_of([(7, 5, 8), (0, 9), (12,)])
+    inputs = random_heads(48, 2, 4)
+    for window, softcap in ((None, 2.0), (4, None), (6, 1.5)):
+        out = masked_attention(*inputs, block_mask(layout, 48, CPU, window), softcap)
+        torch.testing.assert_close(out, by_blocks(*inputs, layout, window, softcap), rtol=0, atol=ROUNDING)
+
+
 @pytest.mark.long
 def test_compiled_flex_gives_the_values_of_blocks() -> None:
     """PyTorch's compiled kernel goes by the lists of tiles; one program serves streams of several lengths."""
@@ -250,6 +263,17 @@ def test_compiled_flex_gives_the_values_of_blocks() -> None:
 )
 def test_form_by_device(form: str, device: str, chosen: str) -> None:
     assert choose_form(form, torch.device(device)) == chosen
+
+
+def test_merge_refuses_what_it_does_not_know_and_takes_windows_that_hide_nothing() -> None:
+    stream = build_stream([random_group((6, 3, 4))])
+    plain, capped = tiny_config(), tiny_config(model_type="gemma2", head_dim=16)
+    inputs = random_heads(16, 2, 0)
+    out = stream_attend("merge", stream, 16, plain, torch.float32, window=10)(*inputs)
+    torch.testing.assert_close(out, by_blocks(*inputs, stream.layout), rtol=0, atol=ROUNDING)
+    for config, window, word in ((plain, 9, "sliding windows"), (capped, None, "soft caps")):
+        with pytest.raises(ModelError, match=f"'merge' does not know {word}; use 'flex' on a GPU, or 'blocks'"):
+            stream_attend("merge", stream, 16, config, torch.float32, window=window)
 
 
 @pytest.mark.parametrize(("form", "problem"), [("flex", "on a CPU"), ("dense", "must be one of auto, blocks, flex")])

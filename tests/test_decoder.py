@@ -13,7 +13,7 @@ from data_tools.encode import Group
 from kernels import dispatch
 from trainer.batch import build_stream
 from trainer.models import attention
-from trainer.models.decoder import Decoder, rope_frequencies
+from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
 from trainer.parallelize import PRODUCTS, recompute_activations
 
@@ -114,16 +114,6 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(tmp_path: Path) -> None
     assert ours.dtype == torch.float32
     error, baseline = ((logps - truth).abs().mean().item() for logps in (ours, in_bf16))
     assert error <= 1.2 * baseline, f"{error=} {baseline=}"
-
-
-def test_llama3_frequencies_by_hand() -> None:
-    """Head width 4 and theta 10^4: wavelengths 2 pi (kept) and 200 pi (over 32 positions: divided by 4)."""
-    config = tiny_config(head_dim=4, rope_scaling={**LLAMA3_ROPE, "rope_theta": 10000.0})
-    torch.testing.assert_close(rope_frequencies(config), torch.tensor([1.0, 0.01 / 4]))
-    # theta 2 * pi / 16 turns a wavelength of 16 into the middle: 32 / 16 = 2 turns, (2 - 1) / (4 - 1) of the way
-    between = tiny_config(head_dim=4, rope_scaling={**LLAMA3_ROPE, "rope_theta": (16 / (2 * torch.pi)) ** 2})
-    rate = 2 * torch.pi / 16
-    assert rope_frequencies(between)[1].item() == pytest.approx(rate * (1 / 3 + 2 / 3 / 4), rel=1e-5)
 
 
 class CountProducts(TorchDispatchMode):

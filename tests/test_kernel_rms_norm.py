@@ -88,6 +88,21 @@ def test_a_frozen_weight_changes_nothing_for_x() -> None:
     assert torch.equal(by_x, run(*inputs, "cpu")[1])
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_a_weight_in_float32_is_used_unrounded(impl: str) -> None:
+    """Gemma's 1 + weight: as bfloat16, 1.003 would be 1. The result is rounded once more than the normalised x."""
+    x, _, grad = make_inputs((9, 64), torch.bfloat16)
+    weight = torch.full((64,), 1.003)
+    out, by_x, by_weight = run(x, weight, grad, impl)
+    assert (out.dtype, by_x.dtype, by_weight.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    normed = rms_norm(x, torch.ones(64), EPS, impl="reference").double()
+    assert ((out.double() / normed / 1.003 - 1).abs() <= 2**-8).all()
+    assert abs((out.double() / normed).mean().item() - 1.003) < 5e-4
+    truth = run(x.double(), weight.double(), grad.double(), "reference")
+    for found, exact in zip((by_x, by_weight), truth[1:], strict=True):
+        assert (found.double() - exact).abs().max() <= 2**-7 * exact.abs().max()
+
+
 def test_the_input_is_left_alone() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, weight, grad = make_inputs((5, 8), dtype)
@@ -123,7 +138,7 @@ def test_keeps_x_and_one_number_a_row() -> None:
         (torch.ones(3, 4), torch.ones(5), r"got \(3, 4\) and \(5,\)"),
         (torch.ones(3, 4), torch.ones(1, 4), r"weight \(D,\)"),
         (torch.tensor(1.0), torch.ones(1), r"got \(\) and \(1,\)"),
-        (torch.ones(3, 4).bfloat16(), torch.ones(4), "x is torch.bfloat16 and weight torch.float32"),
+        (torch.ones(3, 4), torch.ones(4).bfloat16(), "x is torch.float32 and weight torch.bfloat16"),
     ],
 )
 def test_errors_say_what_does_not_fit(x: Tensor, weight: Tensor, problem: str) -> None:

@@ -8,7 +8,9 @@ from model_fixtures import tiny_config
 from transformers import LlamaConfig
 
 from trainer.errors import ModelError
-from trainer.models.config import ModelConfig, RopeScaling
+from trainer.models.config import ModelConfig
+from trainer.models.families import Layer
+from trainer.models.rope import Rope, RopeScaling
 
 RAW = {
     "model_type": "llama",
@@ -36,12 +38,11 @@ def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
     config, theirs = ModelConfig.from_folder(write(tmp_path, RAW)), LlamaConfig(**RAW)
     assert config.num_kv_heads == theirs.num_key_value_heads == 4
     assert config.head_dim == theirs.head_dim == 16
-    assert config.rms_norm_eps == theirs.rms_norm_eps
-    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert config.rope_scaling is None
+    assert config.norm_eps == theirs.rms_norm_eps
+    assert config.layers == (Layer(None, Rope(theta=theirs.rope_parameters["rope_theta"], dims=16)),) * 2
     assert config.max_positions == theirs.max_position_embeddings
-    flags = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-    assert [getattr(config, flag) for flag in flags] == [getattr(theirs, flag) for flag in flags] == [False] * 3
+    flags = [config.tie_word_embeddings, config.qkv_bias, config.mlp_bias]
+    assert flags == [theirs.tie_word_embeddings, theirs.attention_bias, theirs.mlp_bias] == [False] * 3
 
 
 @pytest.mark.parametrize(
@@ -54,17 +55,16 @@ def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
     ids=["rope_scaling", "its older spelling", "rope_parameters"],
 )
 def test_both_spellings_of_llama3_rope(keys: dict) -> None:
-    config = tiny_config(**keys)
-    assert config.rope_theta == 5e5
-    assert config.rope_scaling == RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    (rope,) = {layer.rope for layer in tiny_config(**keys).layers}
+    assert rope.theta == 5e5
+    assert rope.scaling == RopeScaling(
+        kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     )
 
 
 @pytest.mark.parametrize("keys", [{"rope_scaling": None}, {"rope_parameters": {"rope_type": "default"}}, {}])
 def test_plain_rope(keys: dict) -> None:
-    config = tiny_config(**keys, rope_theta=1234)
-    assert (config.rope_theta, config.rope_scaling) == (1234.0, None)
+    assert {layer.rope for layer in tiny_config(**keys, rope_theta=1234).layers} == {Rope(theta=1234.0, dims=16)}
 
 
 REFUSED = [
@@ -81,13 +81,14 @@ REFUSED = [
     ({"head_dim": -8}, "key 'head_dim' must be a positive integer, got -8"),
     ({"num_attention_heads": 128}, "key 'head_dim' must be a positive integer, got 0"),
     ({"max_position_embeddings": "long"}, "key 'max_position_embeddings' must be a positive integer"),
-    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+    ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu"),
     ({"quantization_config": {"bits": 4}}, "quantised weights are not supported"),
     ({"rms_norm_eps": 0}, "key 'rms_norm_eps' must be a positive number, got 0"),
     ({"rope_theta": "ten"}, "key 'rope_theta' must be a positive number, got 'ten'"),
     ({"rope_theta": float("inf")}, "key 'rope_theta' must be a positive number, got inf"),
     ({"rope_scaling": [1]}, "must be an object, got list"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
+    ({"rope_scaling": {"rope_type": "axial", "factor": 2.0}}, "rope_type 'axial' is not supported; supported: default"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "key 'factor' must be a positive number, got None"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "key 'low_freq_factor' must be a positive number"),
     ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}}, "must be below 'high_freq_factor'"),
 ]

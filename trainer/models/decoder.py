@@ -1,24 +1,28 @@
-"""A decoder of the Llama family on streams. One entry: `model(stream, output=...)`.
+"""A decoder on streams, for all families of trainer.models.families. One entry: `model(stream, output=...)`.
 
-Module names are Hugging Face's, less the leading "model.", so a weight's name says where it comes from.
+Module names are Hugging Face's, less the leading "model.", so a weight's name says where it comes from. What sets one
+family apart from another is in `ModelConfig`; nothing here asks for a family's name.
 Letters: T tokens of the stream, N scored tokens, D width, V vocabulary, H query heads, K key-value heads, h head width.
 """
 
-import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.linear_logps import linear_logps
+from kernels.reference import compute_dtype
 from kernels.rms_norm import add_rms_norm
 from kernels.rope import apply_rope
-from kernels.swiglu_linear import swiglu_linear
+from kernels.swiglu_linear import geglu, geglu_linear, swiglu, swiglu_linear
 from trainer.batch import Stream
+from trainer.errors import ModelError
 from trainer.models.attention_form import stream_attend
 from trainer.models.config import ModelConfig
+from trainer.models.families import Layer
+from trainer.models.rope import Rope
 from trainer.models.tied_embedding import embed_tied
 
 SHAPE_STEP = 32
@@ -26,55 +30,137 @@ SHAPE_STEP = 32
 library builds a program for each shape, which takes milliseconds and about 1 MB. No token sees a padded one."""
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, with the addition to the residual stream in front of it or without.
+
+    shape: of the weight; its last axis is the one that the norm is over, those before it are a row's own.
+    """
+
+    def __init__(self, config: ModelConfig, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
+        self.kind, self.eps = config.norm, config.norm_eps
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape)) if config.norm == "layer" else None
 
     def forward(self, x: Tensor, residual: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
         """The sum of x and residual, where there is one, and the norm of it."""
-        return add_rms_norm(x, residual, self.weight, self.eps, impl=impl)
+        if self.kind.startswith("rms"):
+            # 1 + weight in float32: as bfloat16, a weight near 0 would be lost
+            plus_one = self.kind == "rms_plus_one"
+            weight = self.weight.to(compute_dtype(self.weight.dtype)) + 1.0 if plus_one else self.weight
+            return add_rms_norm(x, residual, weight, self.eps, impl=impl)
+        total = _sum(x, residual)
+        if self.weight.ndim == 1:
+            return total, F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps)
+        wide = total.to(compute_dtype(total.dtype))
+        normed = F.layer_norm(wide, self.weight.shape[-1:], eps=self.eps) * self.weight
+        return total, normed.to(total.dtype)
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: Layer) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, config.num_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, width, bias=bias)
+        self.layer, self.head_dim = layer, config.head_dim
+        width, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
+        self.widths = [count * config.head_dim for count in (heads, kv_heads, kv_heads)]
+        if config.fused:
+            self.qkv_proj = nn.Linear(width, sum(self.widths), bias=config.qkv_bias)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, own, bias=config.qkv_bias) for own in self.widths)
+        self.fused, self.qk_norm = config.fused, config.qk_norm
+        self.output, self.q_norm_name, self.k_norm_name = (config.name(x) for x in ("o_proj", "q_norm", "k_norm"))
+        self.add_module(self.output, nn.Linear(self.widths[0], width, bias=config.output_bias))
+        if config.qk_norm != "none":
+            for name, count in ((self.q_norm_name, heads), (self.k_norm_name, kv_heads)):
+                own = {"head": (config.head_dim,), "all": (count * config.head_dim,), "each": (count, config.head_dim)}
+                self.add_module(name, Norm(config, *own[config.qk_norm]))
 
     def forward(self, x_TD: Tensor, shared: "SharedByLayers") -> Tensor:
-        q_THh = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        k_TKh = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        v_TKh = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        q_THh = apply_rope(q_THh, shared.scaled_cos, shared.scaled_sin, impl=shared.impl)
-        k_TKh = apply_rope(k_TKh, shared.cos, shared.sin, impl=shared.impl)
-        out_THh = shared.attend(q_THh, k_TKh, v_TKh)
-        return self.o_proj(out_THh.flatten(-2))
+        if self.fused:
+            q, k, v = self.qkv_proj(x_TD).split(self.widths, dim=-1)
+        else:
+            q, k, v = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
+        q_THh, k_TKh = self._heads(q, self.q_norm_name, shared), self._heads(k, self.k_norm_name, shared)
+        v_TKh = v.unflatten(-1, (-1, self.head_dim))
+        tables, rope = shared.tables[self.layer.rope], self.layer.rope
+        if rope is None:
+            q_THh = q_THh * shared.scale
+        else:
+            q_THh = apply_rope(rope.halves(q_THh), tables.scaled_cos, tables.scaled_sin, impl=shared.impl)
+            k_TKh = apply_rope(rope.halves(k_TKh), tables.cos, tables.sin, impl=shared.impl)
+        out_THh = shared.attend[self.layer.window](q_THh, k_TKh, v_TKh)
+        return getattr(self, self.output)(out_THh.flatten(-2))
+
+    def _heads(self, x: Tensor, norm: str, shared: "SharedByLayers") -> Tensor:
+        """(T, heads h) as (T, heads, h), normed where this family does so."""
+        if self.qk_norm == "all":
+            x = getattr(self, norm)(x, None, shared.impl)[1]
+        heads = x.unflatten(-1, (-1, self.head_dim))
+        return getattr(self, norm)(heads, None, shared.impl)[1] if self.qk_norm in ("head", "each") else heads
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.activation, self.gated, self.fused = config.activation, config.gated, config.fused
+        self.up, self.down = config.name("up_proj"), config.name("down_proj")
+        if config.fused:
+            self.gate_up_proj = nn.Linear(width, 2 * inner, bias=bias)
+        else:
+            if config.gated:
+                self.gate_proj = nn.Linear(width, inner, bias=bias)
+            self.add_module(self.up, nn.Linear(width, inner, bias=bias))
+        self.add_module(self.down, nn.Linear(inner, width, bias=bias))
 
     def forward(self, x_TD: Tensor, impl: str) -> Tensor:
-        out_TD = swiglu_linear(self.gate_proj(x_TD), self.up_proj(x_TD), self.down_proj.weight, impl=impl)
-        return out_TD if self.down_proj.bias is None else out_TD + self.down_proj.bias
+        down = getattr(self, self.down)
+        if not self.gated:
+            return down(_activate(getattr(self, self.up)(x_TD), self.activation))
+        if self.fused:
+            gate_TF, up_TF = self.gate_up_proj(x_TD).chunk(2, dim=-1)
+        else:
+            gate_TF, up_TF = self.gate_proj(x_TD), getattr(self, self.up)(x_TD)
+        if self.activation not in GATED:
+            return down(_activate(gate_TF, self.activation) * up_TF)
+        gated, gated_linear = GATED[self.activation]
+        if type(down) is not nn.Linear:  # a layer that does more than a product
+            return down(gated(gate_TF, up_TF, impl=impl))
+        out_TD = gated_linear(gate_TF, up_TF, down.weight, impl=impl)
+        return out_TD if down.bias is None else out_TD + down.bias
+
+
+GATED = {"silu": (swiglu, swiglu_linear), "gelu_tanh": (geglu, geglu_linear)}
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+BLOCK_NORMS = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "parallel": ("input_layernorm", None, None, None),
+}
+"""Hugging Face's names of a block's norms by placement: before attention, behind it, before the MLP, behind it."""
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: Layer) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norms = BLOCK_NORMS[config.placement]
+        for name in filter(None, self.norms):
+            self.add_module(name, Norm(config, config.hidden_size))
+        self.parallel = config.placement == "parallel"
+        self.self_attn = SelfAttention(config, layer)
         self.mlp = MLP(config)
         self.recompute: Callable | None = None
         """Runs a function so that the backward pass computes it again (trainer.parallelize); None: keep activations."""
@@ -87,25 +173,77 @@ class Block(nn.Module):
         return self.recompute(self._run, _sum(x_TD, added_TD), None, shared)
 
     def _run(self, x_TD: Tensor, added_TD: Tensor | None, shared: "SharedByLayers") -> tuple[Tensor, Tensor]:
-        x_TD, normed_TD = self.input_layernorm(x_TD, added_TD, shared.impl)
-        x_TD, normed_TD = self.post_attention_layernorm(x_TD, self.self_attn(normed_TD, shared), shared.impl)
-        return x_TD, self.mlp(normed_TD, shared.impl)
+        before_attention, after_attention, before_mlp, after_mlp = self.norms
+        x_TD, normed_TD = self._enter(before_attention, x_TD, added_TD, shared)
+        added_TD = self._leave(after_attention, self.self_attn(normed_TD, shared), shared)
+        if self.parallel:
+            return x_TD, added_TD + self.mlp(normed_TD, shared.impl)
+        x_TD, normed_TD = self._enter(before_mlp, x_TD, added_TD, shared)
+        return x_TD, self._leave(after_mlp, self.mlp(normed_TD, shared.impl), shared)
+
+    def _enter(
+        self, norm: str | None, x_TD: Tensor, added_TD: Tensor | None, shared: "SharedByLayers"
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, summed, and what attention or the MLP reads of it."""
+        if norm is not None:
+            return getattr(self, norm)(x_TD, added_TD, shared.impl)
+        total_TD = _sum(x_TD, added_TD)
+        return total_TD, total_TD
+
+    def _leave(self, norm: str | None, x_TD: Tensor, shared: "SharedByLayers") -> Tensor:
+        return x_TD if norm is None else getattr(self, norm)(x_TD, None, shared.impl)[1]
+
+
+class RopeTables(NamedTuple):
+    """(T, h / 2) float32. The queries' tables carry the scale of attention, which so costs neither a pass nor a
+    rounding."""
+
+    cos: Tensor
+    sin: Tensor
+    scaled_cos: Tensor
+    scaled_sin: Tensor
 
 
 class SharedByLayers:
-    """What every layer of one forward needs of the stream: rotary tables (T, h / 2) float32, attention.
-
-    The queries' tables carry attention's 1 / sqrt(h), so that scaling costs neither a pass nor a rounding.
-    """
+    """What layers need of the stream: rotary tables by kind of rotary embedding, attention by sliding window."""
 
     def __init__(self, stream: Stream, config: ModelConfig, impl: str, attention: str, dtype: torch.dtype) -> None:
-        self.impl = impl
+        self.impl, self.scale = impl, config.attention_scale
         positions = _padded(stream.positions)
-        angles = torch.outer(positions.float(), rope_frequencies(config).to(positions.device))
-        self.cos, self.sin = angles.cos(), angles.sin()
-        scale = config.head_dim**-0.5
-        self.scaled_cos, self.scaled_sin = self.cos * scale, self.sin * scale
-        self.attend = stream_attend(attention, stream, len(positions), config, dtype)
+        self.tables: dict[Rope | None, RopeTables | None] = {None: None}
+        self.attend: dict[int | None, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+        for layer in config.layers:
+            if layer.rope not in self.tables:
+                beyond = _beyond_original(layer.rope, stream, len(positions)) if layer.rope.by_length else None
+                cos, sin = layer.rope.tables(positions, config.head_dim, beyond=beyond)
+                self.tables[layer.rope] = RopeTables(cos, sin, cos * self.scale, sin * self.scale)
+            if layer.window not in self.attend:
+                self.attend[layer.window] = stream_attend(
+                    attention, stream, len(positions), config, dtype, window=layer.window
+                )
+
+
+def _beyond_original(rope: Rope, stream: Stream, num_tokens: int) -> Tensor | None:
+    """(T,) bool: tokens of groups whose sequences are longer than the original length of longrope; None: none is.
+
+    Raises ModelError where one prompt would need both kinds of frequencies, and for dynamic frequencies, which differ
+    with each length: the prompt is computed once for all its completions.
+    """
+    original = rope.scaling.original_max_position_embeddings
+    found = None
+    for group in stream.layout:
+        prompt, *branches = group.lengths
+        longer = [prompt + length > original for length in branches or [0]]
+        if not any(longer):
+            continue
+        if rope.scaling.kind == "dynamic" or not all(longer):
+            problem = f"its {rope.scaling.kind} RoPE depends on a sequence's length beyond {original} tokens"
+            raise ModelError(
+                "model.path", f"{problem}, which a shared prompt cannot follow; set data.max_length = {original}"
+            )
+        found = torch.zeros(num_tokens, dtype=torch.bool) if found is None else found
+        found[group.start : group.stop] = True
+    return None if found is None else found.to(stream.tokens.device)
 
 
 class Decoder(nn.Module):
@@ -118,11 +256,11 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False
         )
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
+        self.last_norm = config.name("norm")
+        self.add_module(self.last_norm, Norm(config, config.hidden_size))
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.stash_logits = False
         self.kernel_impl = "auto"
         self.attention_form = "auto"
@@ -145,34 +283,45 @@ class Decoder(nn.Module):
             x_TD, added_TD = layer(x_TD, added_TD, shared)
         x_TD = _sum(x_TD, added_TD)
         if output == "logps":
-            _, hidden_ND = self.norm(x_TD.index_select(0, _padded(stream.score_index)), None, self.kernel_impl)
-            targets = _padded(stream.score_targets)
-            logps = linear_logps(hidden_ND, head_weight, targets, stash=self.stash_logits, impl=self.kernel_impl)
+            hidden_ND = self._norm(x_TD.index_select(0, _padded(stream.score_index)))
+            logps = self._logps(hidden_ND, head_weight, _padded(stream.score_targets))
             return logps[:num_scored].clone()  # not a view: FSDP2 hooks the tensor that is returned
-        _, hidden_TD = self.norm(x_TD, None, self.kernel_impl)
-        hidden_TD = hidden_TD[:num_tokens]
-        return hidden_TD if output == "hidden" else F.linear(hidden_TD, head_weight)
+        hidden_TD = self._norm(x_TD)[:num_tokens]
+        return hidden_TD if output == "hidden" else self._logits(hidden_TD, head_weight)
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(T, D) of the tokens, and the head's weight."""
         if self.lm_head is None:
-            return embed_tied(self.embed_tokens.weight, tokens)
-        return self.embed_tokens(tokens), self.lm_head.weight
+            x_TD, head_weight = embed_tied(self.embed_tokens.weight, tokens)
+        else:
+            x_TD, head_weight = self.embed_tokens(tokens), self.lm_head.weight
+        if self.config.embedding_scale != 1.0:  # rounded to the dtype, as checkpoints were trained
+            x_TD = x_TD * torch.tensor(self.config.embedding_scale, dtype=x_TD.dtype, device=x_TD.device)
+        return x_TD, head_weight
 
+    def _norm(self, x: Tensor) -> Tensor:
+        return getattr(self, self.last_norm)(x, None, self.kernel_impl)[1]
 
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """(h / 2,) float32 radians a position (Su et al. 2021, eq. 15; Llama 3's stretching of the slow ones)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponent
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    wavelength = 2 * math.pi / frequencies
-    # turns within the original context: below low_freq_factor fully stretched, above high_freq_factor untouched
-    turns = scaling.original_max_position_embeddings / wavelength
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
-    return blend * frequencies + (1 - blend) * frequencies / scaling.factor
+    @property
+    def _head_bias(self) -> Tensor | None:
+        return None if self.lm_head is None else self.lm_head.bias
+
+    def _logps(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        return linear_logps(
+            hidden_ND,
+            weight_VD,
+            targets_N,
+            bias=self._head_bias,
+            softcap=self.config.logit_softcap,
+            scale=self.config.logit_scale,
+            stash=self.stash_logits,
+            impl=self.kernel_impl,
+        )
+
+    def _logits(self, hidden: Tensor, weight_VD: Tensor) -> Tensor:
+        logits, cap = F.linear(hidden, weight_VD) * self.config.logit_scale, self.config.logit_softcap
+        logits = logits if self._head_bias is None else logits + self._head_bias
+        return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def _padded(values: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Prefix-shared attention as one call of PyTorch's flex attention: the form for a GPU.
 
-What a token may see is two runs of keys: the prompt of its group, and its own branch up to itself. A `BlockMask` says
+What a token may see is two runs of keys: the prompt of its group, and its own branch up to itself; a sliding window
+lets them begin later. A `BlockMask` says
 which tiles of BLOCK x BLOCK scores hold nothing to see (left out), nothing but what may be seen (no rule asked), or
 both. It is made once a stream, in memory that grows with T * T / BLOCK.
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from trainer.batch import GroupLayout
+from trainer.models.attention import group_positions
 
 BLOCK = 128
 """Rows and keys of a tile of the mask; what PyTorch's kernels are made for."""
@@ -32,8 +34,11 @@ class KeyRuns(NamedTuple):
     own_start: Tensor
 
 
-def key_runs(layout: Sequence[GroupLayout], num_tokens: int) -> KeyRuns:
-    """The runs of a stream of T = num_tokens tokens, the last of which may lie behind the groups."""
+def key_runs(layout: Sequence[GroupLayout], num_tokens: int, window: int | None = None) -> KeyRuns:
+    """The runs of a stream of T = num_tokens tokens, the last of which may lie behind the groups.
+
+    window: a token sees as many positions, its own included; None: all.
+    """
     prompt_start, prompt_stop = (torch.zeros(num_tokens, dtype=torch.int32) for _ in range(2))
     own_start = torch.full((num_tokens,), num_tokens, dtype=torch.int32)
     for group in layout:
@@ -44,12 +49,20 @@ def key_runs(layout: Sequence[GroupLayout], num_tokens: int) -> KeyRuns:
         for length in group.lengths:
             own_start[start : start + length] = start
             start += length
+        if window is not None:  # the first position that is seen, as a place in the prompt and in the own branch
+            inside = slice(group.start, group.stop)
+            first = (group_positions(group.lengths) - (window - 1)).clamp(min=0).to(torch.int32)
+            prompt_start[inside] = torch.minimum(prompt_start[inside] + first, prompt_stop[inside])
+            is_prompt = torch.arange(group.start, group.stop) < prompt_end
+            own_start[inside] += torch.where(is_prompt, first, (first - group.lengths[0]).clamp(min=0))
     return KeyRuns(prompt_start, prompt_stop, own_start)
 
 
-def block_mask(layout: Sequence[GroupLayout], num_tokens: int, device: torch.device) -> BlockMask:
-    """The mask of a stream of T = num_tokens tokens, on `device`, for all layers and heads."""
-    prompt_start, prompt_stop, own_start = (values.to(device) for values in key_runs(layout, num_tokens))
+def block_mask(
+    layout: Sequence[GroupLayout], num_tokens: int, device: torch.device, window: int | None = None
+) -> BlockMask:
+    """The mask of a stream of T = num_tokens tokens, on `device`, for all layers of one window and all heads."""
+    prompt_start, prompt_stop, own_start = (values.to(device) for values in key_runs(layout, num_tokens, window))
 
     def may_see(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         own = (own_start[row] <= key) & (key <= row)
@@ -81,16 +94,30 @@ def _tile_lists(tiles_QQ: Tensor) -> tuple[Tensor, Tensor]:
     return tiles_QQ.sum(-1).int()[None, None], columns.int()[None, None]
 
 
-def masked_attention(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, mask: BlockMask) -> Tensor:
+def masked_attention(
+    q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor, mask: BlockMask, softcap: float | None = None
+) -> Tensor:
     """Softmax attention of every token over what `mask` lets it see, (T, H, h); zeros where that is nothing.
 
-    q_THh: (T, H, h), already scaled by 1 / sqrt(h); k_TKh, v_TKh: (T, K, h), same dtype. On a CPU without gradient.
+    q_THh: (T, H, h), already scaled; k_TKh, v_TKh: (T, K, h), same dtype. softcap: scores are
+    softcap * tanh(score / softcap). On a CPU without gradient.
     """
     q_1HTh, k_1KTh, v_1KTh = (x.transpose(0, 1).unsqueeze(0) for x in (q_THh, k_TKh, v_TKh))
     function = _compiled() if q_THh.is_cuda else flex_attention
     shared_heads = q_THh.shape[1] != k_TKh.shape[1]
-    out_1HTh = function(q_1HTh, k_1KTh, v_1KTh, block_mask=mask, scale=1.0, enable_gqa=shared_heads)
+    cap = None if softcap is None else _capped(softcap)
+    out_1HTh = function(q_1HTh, k_1KTh, v_1KTh, score_mod=cap, block_mask=mask, scale=1.0, enable_gqa=shared_heads)
     return out_1HTh.squeeze(0).transpose(0, 1)
+
+
+@functools.cache
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    """One function for all calls, so that the compiled program is the same."""
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
 
 
 @functools.cache
