@@ -11,17 +11,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch_file
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from tests.gguf_fixtures import KIND, MERGES, TOKENS, llama_cpp_rows
 from trainer.errors import ModelError
 from trainer.models import gguf_import
+from trainer.models.gguf_tensors import rotary_rows
 
 GOLDEN = Path(__file__).parent / "golden"
-KIND = gguf.GGMLQuantizationType
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "he", "Ġthe", "Ġt", "<tool>"]
-MERGES = ["1 2", "h e", "Ġ t", "Ġt he"]
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>\n{% endfor %}"
 SHAPE = {"vocab_size": len(TOKENS), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -81,16 +79,6 @@ def write_gguf(path: Path, fields: dict[str, Any], tensors: dict[str, Encoded]) 
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def llama_cpp_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows as llama.cpp wants them, one by one: a head's rows j and j + h/2 become neighbours 2j and 2j + 1."""
-    out, head_dim = np.empty_like(weight), len(weight) // heads
-    for head in range(heads):
-        for j in range(head_dim // 2):
-            out[head * head_dim + 2 * j] = weight[head * head_dim + j]
-            out[head * head_dim + 2 * j + 1] = weight[head * head_dim + j + head_dim // 2]
-    return out
 
 
 def gguf_name(name: str) -> str:
@@ -166,7 +154,8 @@ def test_same_logits_as_the_model_that_went_in(tied: bool, tmp_path: Path) -> No
 
 def test_config_says_what_the_metadata_said(convert: Callable[..., Path]) -> None:
     config = json.loads((convert() / "config.json").read_text(encoding="utf-8"))
-    expected = SHAPE | {"head_dim": 16, "rope_theta": 5000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    expected = SHAPE | {"head_dim": 16, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    expected |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
     expected |= {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     assert {key: config[key] for key in expected} == expected
 
@@ -177,7 +166,7 @@ def test_bf16_rounds_to_nearest(convert: Callable[..., Path], tensors: dict[str,
     assert found.dtype == torch.bfloat16
     expected = torch.from_numpy(tensors["blk.0.ffn_up.weight"][0])
     torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
-    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def encode(kind: gguf.GGMLQuantizationType, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -213,7 +202,7 @@ def test_dequantised_by_definition(kind: gguf.GGMLQuantizationType, convert: Cal
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 4), (3, 8), (4, 2)])
 def test_rotary_rows_go_back(heads: int, head_dim: int) -> None:
     weight = np.arange(heads * head_dim * 5, dtype=np.float32).reshape(heads * head_dim, 5)
-    np.testing.assert_array_equal(gguf_import.unpermute_rotary(llama_cpp_rows(weight, heads), heads), weight)
+    np.testing.assert_array_equal(llama_cpp_rows(weight, heads)[rotary_rows(len(weight), heads)], weight)
 
 
 def test_tokenizer_of_each_pre(convert: Callable[..., Path], tmp_path: Path) -> None:
@@ -241,9 +230,12 @@ def test_folder_without_a_chat_template(convert: Callable[..., Path]) -> None:
 
 
 BAD_METADATA = [
-    ({"general.architecture": "mamba"}, "architecture 'mamba' is not known; known: llama"),
-    ({"tokenizer.ggml.pre": "qwen9"}, "pre-tokenizer 'qwen9' is not known; known: gpt-2, smollm"),
-    ({"tokenizer.ggml.model": "llama"}, "tokenizer model 'llama' is not known; known: gpt2"),
+    ({"general.architecture": "mamba"}, "architecture 'mamba' is not known; known: cohere2, command-r, gemma, .*qwen3"),
+    ({"tokenizer.ggml.pre": "qwen9"}, "pre-tokenizer 'qwen9' is not known; known: codeshell, .*smollm"),
+    ({"tokenizer.ggml.model": "t5"}, "tokenizer model 't5' is not known; known: gpt2"),
+    ({"tokenizer.ggml.model": "llama"}, "no key 'tokenizer.ggml.scores'"),
+    ({"llama.expert_count": 8}, "key 'llama.expert_count' = 8 has no place in a llama model"),
+    ({"llama.attention.value_length": 8}, "keys have 16 dimensions a head, values 8; both must be the same"),
     ({"tokenizer.ggml.merges": ["qq zz"]}, "merges do not fit its vocabulary"),
     ({"tokenizer.ggml.tokens": [*TOKENS[:-1], TOKENS[0]]}, "tokens \\(\\d+ different\\)"),
     ({"tokenizer.ggml.eos_token_id": 9999}, "eos_token has id 9999, outside the vocabulary"),
@@ -253,7 +245,8 @@ BAD_METADATA = [
     ({"llama.block_count": 1}, "tensor 'blk.1.attn_k.weight' has no place in a Llama model \\(9 such\\)"),
     ({"llama.attention.head_count": 0}, "head_count is 0"),
     ({"llama.feed_forward_length": 97}, "ffn_gate.weight' has shape \\(96, 64\\), the metadata ask for \\(97, 64\\)"),
-    ({"llama.rope.scaling.type": "yarn"}, "RoPE scaling 'yarn' is not supported"),
+    ({"llama.rope.scaling.type": "yarn"}, "RoPE scaling 'yarn' lacks its factor"),
+    ({"llama.rope.scaling.type": "su"}, "RoPE scaling 'su' is not supported; known: none, linear, yarn"),
     ({"llama.rope.dimension_count": 8}, "RoPE turns 8 of 16 dimensions"),
 ]
 
