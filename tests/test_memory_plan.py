@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_fixtures import VARIANTS
 from model_fixtures import random_decoder, random_group, tiny_config
 from run_fixtures import OWN_PAIRS, arguments, run_here
 from torch import Tensor
@@ -28,6 +29,7 @@ from trainer.memory_plan import (
     parameter_shapes,
     plan_memory,
 )
+from trainer.models.config import ModelConfig
 from trainer.models.decoder import Decoder, SharedByLayers
 from trainer.optim import AdamW, MasterWeights
 from trainer.parallelize import recompute_activations
@@ -108,6 +110,22 @@ def test_activations_are_what_the_blocks_keep(how: str, dtype: torch.dtype) -> N
 
     # two more layers: what is shared by all, and what goes in and comes out, cancels
     assert kept(5) - kept(3) == counted(5) - counted(3) > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "phi", "phi3", "olmo2"])
+def test_activations_of_other_families(name: str) -> None:
+    """To 5%: single numbers a row, of float32 copies of a weight and of fused matrices, are not counted."""
+    raw = {**VARIANTS[name].config().to_dict(), "layer_types": None, "no_rope_layers": None}
+
+    def kept(layers: int) -> int:
+        config = ModelConfig.from_dict({**raw, "num_hidden_layers": layers}, "config.json")
+        return sum(kept_by(blocks_alone(random_decoder(config), torch.float32)).values())
+
+    def counted(layers: int) -> int:
+        config = ModelConfig.from_dict({**raw, "num_hidden_layers": layers}, "config.json")
+        return activation_bytes(config, 45, itemsize=4, how="none")
+
+    assert counted(7) - counted(1) == pytest.approx(kept(7) - kept(1), rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -35,6 +35,10 @@ SHARDED_HEAP = 192 << 20
 """With sharding, large buffers are given back; what stays: oneDNN's programs, small buffers, gloo's. Measured too."""
 
 
+KEPT_STATES = {"pre": 4, "post": 4, "sandwich": 6, "parallel": 2}
+"""States of the model's width that a block keeps, by where its norms stand: a norm's input, a product's input."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What a rank works on at a time: the most tokens and scored tokens of a micro-batch, micro-batches of a step, and
@@ -89,12 +93,17 @@ def num_shards(config: Config, world_size: int) -> int:
 def kept_per_token(model: ModelConfig, itemsize: int, form: str = "blocks") -> int:
     """Bytes that one block keeps of a token between forward and backward, without activation checkpointing.
 
-    The two norms keep their sums (D) and scales; the products their inputs, which are the norms' results (D each) and
+    Norms keep their sums (D) and scales; the products their inputs, which are the norms' results (D each) and
     attention's result; attention q, k and v; the MLP gate and up. Products' results that nobody needs again are gone.
+    Families differ (`KEPT_STATES`); norms of queries and keys keep their inputs, an MLP without gate its activation.
     """
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    numbers = 4 * model.hidden_size + 2 * queries + 2 * keys + 2 * model.intermediate_size
-    scales = 2 * FLOAT32
+    numbers = KEPT_STATES[model.placement] * model.hidden_size + 2 * queries + 2 * keys + 2 * model.intermediate_size
+    numbers += queries + keys if model.qk_norm != "none" else 0
+    numbers += 2 * model.intermediate_size if model.gated and model.activation == "gelu" else 0
+    scales = (KEPT_STATES[model.placement] // 2) * FLOAT32
+    if model.qk_norm in ("head", "each"):
+        scales += (model.num_heads + model.num_kv_heads) * FLOAT32
     if form == "blocks":
         return numbers * itemsize + scales
     sums = FLOAT32 * model.num_heads  # log-sum-exp

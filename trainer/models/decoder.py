@@ -78,6 +78,7 @@ class SelfAttention(nn.Module):
     def forward(self, x_TD: Tensor, shared: "SharedByLayers") -> Tensor:
         if self.fused:
             q, k, v = self.qkv_proj(x_TD).split(self.widths, dim=-1)
+            v = v.contiguous()  # a view would keep all of the product for the backward pass
         else:
             q, k, v = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
         q_THh, k_TKh = self._heads(q, self.q_norm_name, shared), self._heads(k, self.k_norm_name, shared)
