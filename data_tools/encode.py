@@ -2,11 +2,14 @@
 
 What is scored follows from the lengths of the texts, never from a token's value: padding, EOS and end-of-turn may share
 an id. Over-long rows are dropped or cut as the options say, and counted. Nothing is written to disk here (`shards`).
+
+Text that spells a control token ("<|im_end|>") stays text unless the options say otherwise: in rows that do so the
+spellings are marked, the marked row is rendered, and only control tokens without a mark are tokens: the template's own.
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,8 +18,10 @@ from data_tools.chat_template import ChatTemplate
 from data_tools.errors import MAX_ERRORS, DataError, DataErrors, TemplateError, TokenizerError, UserError
 from data_tools.schema import Message, Record, Text
 from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer_specials import free_mark
 
 OVERLONG = ("drop", "truncate_prompt_left", "truncate_completion")
+SPECIAL_TOKENS = ("text", "control")
 CHUNK = 1024
 """Rows rendered and tokenized together: enough for all cores, little enough memory."""
 SHOWN_IDS = 5
@@ -50,12 +55,16 @@ class EncodeOptions:
     """What happens to a longer row."""
     chat_template: str | None = None
     """Path of a chat template that replaces the model's own."""
+    special_tokens: Literal["text", "control"] = "text"
+    """What the text of a row that spells a control token is read as."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("pair", "sft"):
             raise UserError(f"kind = {self.kind!r}: must be pair or sft")
         if self.overlong not in OVERLONG:
             raise UserError(f"data.overlong = {self.overlong!r}: must be one of {', '.join(OVERLONG)}")
+        if self.special_tokens not in SPECIAL_TOKENS:
+            raise UserError(f"data.special_tokens = {self.special_tokens!r}: must be text or control")
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"data.max_length = {self.max_length}: must be at least 2")
 
@@ -76,6 +85,12 @@ class EncodeReport:
     """Tokens of the longest kept prompt with its longest completion."""
     dropped_ids: tuple[str, ...] = ()
     """Ids of the first dropped rows."""
+    special_rows: int = 0
+    """Rows whose text spells a control token."""
+    special_first: str = ""
+    """Where the first of them is, and what it spells."""
+    special_tokens: str = "text"
+    """What it was read as."""
 
     def lines(self) -> list[str]:
         """The counts as sentences for a log; what did not happen is left out."""
@@ -88,7 +103,19 @@ class EncodeReport:
             out.append(f"{self.truncated_completions} completions cut at the end: no end-of-turn token to train")
         if self.no_bos_unscored:
             out.append(f"{self.no_bos_unscored} rows have no prompt and no BOS: their first token is not scored")
+        if self.special_line is not None:
+            out.append(self.special_line)
         return out
+
+    @property
+    def special_line(self) -> str | None:
+        """How many rows spell control tokens and what became of them, or None."""
+        if not self.special_rows:
+            return None
+        remedy = "; data.special_tokens = control reads them as tokens" if self.special_tokens == "text" else ""
+        what = "text" if self.special_tokens == "text" else "tokens, as data.special_tokens says"
+        spelling = f"{self.special_rows} rows spell special tokens in their text (first: {self.special_first})"
+        return f"{spelling}: read as {what}{remedy}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +127,8 @@ class _Rendered:
     completions: tuple[tuple[tuple[str, bool], ...], ...]
     plain: bool
     """A row of strings: BOS and EOS are ours to add."""
+    mark: str | None = None
+    """The character that stands in the texts before what only spells a control token."""
 
 
 @dataclass(slots=True)
@@ -123,14 +152,18 @@ def encode_records(
     Raises DataErrors (up to 20) for rows that cannot be rendered or scored, TemplateError when rows of messages meet a
     model without template, UserError when no row is left.
     """
-    report = EncodeReport(rows=len(records))
+    report = EncodeReport(rows=len(records), special_tokens=options.special_tokens)
     groups: list[Group] = []
     errors: list[DataError] = []
     for start in range(0, len(records), CHUNK):
         rendered = []
         for record in records[start : start + CHUNK]:
             try:
-                rendered.append(_render(record, tokenizer, template))
+                spelled = _spelled_special(record, tokenizer, report)
+                row = _render(record, tokenizer, template)
+                if spelled is not None and options.special_tokens == "text":
+                    row = _render_marked(row, spelled, tokenizer, template)
+                rendered.append(row)
             except DataError as error:
                 _collect(errors, error)
         for row, prompt, branches in _tokenize(rendered, tokenizer):
@@ -154,6 +187,55 @@ def _collect(errors: list[DataError], error: DataError) -> None:
     errors.append(error)
     if len(errors) == MAX_ERRORS:
         raise DataErrors(errors, more=True)
+
+
+def _spelled_special(record: Record, tokenizer: Tokenizer, report: EncodeReport) -> str | None:
+    """The first control token that the row's text spells, or None; counts the row."""
+    for text in _texts(record):
+        if (found := tokenizer.spelled_special(text)) is not None:
+            report.special_rows += 1
+            report.special_first = report.special_first or f"{record.path}:{record.line}, '{found}'"
+            return found
+    return None
+
+
+def _texts(record: Record) -> Iterator[str]:
+    """Every string of a row that a user wrote."""
+    for text in (record.prompt, *record.completions):
+        yield from (text,) if isinstance(text, str) else (message.content for message in text)
+
+
+def _render_marked(row: _Rendered, spelled: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> _Rendered:
+    """The row with every spelling of a control token marked; the text is the same but for the marks.
+
+    Raises DataError where it is not: the template looks at the spellings or cuts through them.
+    """
+    record = row.record
+    mark = free_mark([*_texts(record), row.prompt, *(part for parts in row.completions for part, _ in parts)])
+
+    def marked(text: Text) -> Text:
+        if isinstance(text, str):
+            return tokenizer.mark_special(text, mark)
+        return tuple(Message(message.role, tokenizer.mark_special(message.content, mark)) for message in text)
+
+    new = replace(record, prompt=marked(record.prompt), completions=tuple(map(marked, record.completions)))
+    try:
+        found = replace(_render(new, tokenizer, template), record=record, mark=mark)
+    except DataError:
+        found = None
+    if found is None or _without(found, mark) != (row.prompt, row.completions):
+        problem = (
+            f"the text spells the control token '{spelled}' and the chat template acts on that; take it out of the"
+        )
+        raise DataError(
+            record.path, record.line, field=None, problem=f"{problem} row, or set data.special_tokens = control"
+        )
+    return found
+
+
+def _without(row: _Rendered, mark: str) -> tuple[str, tuple[tuple[tuple[str, bool], ...], ...]]:
+    parts = tuple(tuple((part.replace(mark, ""), scored) for part, scored in parts) for parts in row.completions)
+    return row.prompt.replace(mark, ""), parts
 
 
 def _render(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) -> _Rendered:
@@ -221,7 +303,7 @@ def _divergence(before: str, after: str, template: ChatTemplate, num_turns: int)
 def _tokenize(rows: list[_Rendered], tokenizer: Tokenizer) -> list[tuple[_Rendered, list[int], list[_Branch]]]:
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    prompts = tokenizer.encode_batch([row.prompt for row in rows])
+    prompts = _encode([(row.prompt, row.mark, None) for row in rows], tokenizer)
     branches = [[_Branch([], []) for _ in row.completions] for row in rows]
     for row, prompt in zip(rows, prompts, strict=True):
         if row.plain and tokenizer.adds_bos and prompt[:1] != bos:
@@ -234,8 +316,8 @@ def _tokenize(rows: list[_Rendered], tokenizer: Tokenizer) -> list[tuple[_Render
             for parts, branch in zip(row.completions, mine, strict=True)
             if k < len(parts)
         ]
-        after = [next(reversed(branch.ids or prompt), None) for _, prompt, branch, _, _ in todo]
-        ids = tokenizer.encode_batch([text for *_, text, _ in todo], after)
+        texts = [(text, row.mark, next(reversed(branch.ids or prompt), None)) for row, prompt, branch, text, _ in todo]
+        ids = _encode(texts, tokenizer)
         for (row, prompt, branch, _, scored), new in zip(todo, ids, strict=True):
             end = eos if row.plain and new and new[-1:] != eos else []
             start = len(branch.ids) if prompt or branch.ids else 1  # nothing predicts the very first token
@@ -243,6 +325,17 @@ def _tokenize(rows: list[_Rendered], tokenizer: Tokenizer) -> list[tuple[_Render
             if scored and start < len(branch.ids):
                 branch.spans.append((start, len(branch.ids)))
     return list(zip(rows, prompts, branches, strict=True))
+
+
+def _encode(texts: Sequence[tuple[str, str | None, int | None]], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of (text, mark or None, the token before it or None); texts with marks in them go one by one."""
+    marked = [mark is not None and mark in text for text, mark, _ in texts]
+    plain = [(text, after) for (text, _, after), is_marked in zip(texts, marked, strict=True) if not is_marked]
+    ids = iter(tokenizer.encode_batch([text for text, _ in plain], [after for _, after in plain]))
+    return [
+        tokenizer.encode_marked(text, mark, after) if is_marked and mark is not None else next(ids)
+        for (text, mark, after), is_marked in zip(texts, marked, strict=True)
+    ]
 
 
 def _check_scored(record: Record, prompt: list[int], branches: list[_Branch]) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from data_tools.chat_template import load_chat_template
-from data_tools.encode import EncodeOptions, Group, encode_records
+from data_tools.encode import SPECIAL_TOKENS, EncodeOptions, Group, encode_records
 from data_tools.errors import UserError
 from data_tools.jsonl import iter_jsonl
 from data_tools.schema import Record, check_record
@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kind", choices=("pair", "sft"), default="pair", help="what the rows are (default pair)")
     parser.add_argument("--max-length", type=int, help="drop longer rows, in tokens (default: no limit)")
     parser.add_argument("--chat-template", help="jinja file that replaces the model's template")
+    parser.add_argument("--special-tokens", choices=SPECIAL_TOKENS, default="text", help="as data.special_tokens")
     parser.add_argument("--no-color", action="store_true", help="mark scored text by [[ ]] also on a terminal")
     return parser
 
@@ -93,7 +94,12 @@ def _parser() -> argparse.ArgumentParser:
 def _show(args: argparse.Namespace) -> None:
     if args.n < 1:
         raise UserError(f"-n {args.n}: must be at least 1")
-    options = EncodeOptions(kind=args.kind, max_length=args.max_length, chat_template=args.chat_template)
+    options = EncodeOptions(
+        kind=args.kind,
+        max_length=args.max_length,
+        chat_template=args.chat_template,
+        special_tokens=args.special_tokens,
+    )
     tokenizer = load_tokenizer(args.model)
     template = load_chat_template(args.model, args.chat_template)
     records: list[Record] = []

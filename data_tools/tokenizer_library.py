@@ -94,14 +94,18 @@ class LibraryEngine:
         spec = json.loads(self._whole.to_str())
         names = {self._added[i].content: NOWHERE.format(i) for i in self.special_ids}
         for token in spec["added_tokens"]:
-            token["content"] = names.get(token["content"], token["content"])
+            if token["content"] in names:
+                token |= {"content": names[token["content"]], "special": True}
         _rename(spec["model"], names)
         spec["post_processor"] = None
         whole = _from_spec(spec)
+        whole.encode_special_tokens = True  # not even those names
         if self._bare is None:
             return whole, None
         _remove_prefix(spec)
-        return whole, _from_spec(spec)
+        bare = _from_spec(spec)
+        bare.encode_special_tokens = True
+        return whole, bare
 
     @cached_property
     def _unknown(self) -> list[str]:

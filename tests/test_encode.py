@@ -148,7 +148,7 @@ def test_weight_and_id_are_kept(chatml: Tokenizer) -> None:
 
 
 def test_strings_get_eos_but_not_twice(chatml: Tokenizer) -> None:
-    group = encode_one(record("Question: ", "7", "8<|im_end|>"), chatml)
+    group = encode_one(record("Question: ", "7", "8<|im_end|>"), chatml, special_tokens="control")
     prompt, chosen, rejected = branches(group)
     assert prompt == chatml.encode("Question: ")
     assert chosen == [*chatml.encode("7"), chatml.eos_id] and rejected == [*chatml.encode("8"), chatml.eos_id]
@@ -157,7 +157,7 @@ def test_strings_get_eos_but_not_twice(chatml: Tokenizer) -> None:
 
 def test_strings_get_bos_but_not_twice(with_bos: Tokenizer) -> None:
     for prompt in ("Question", "<s>Question"):
-        ids = branches(encode_one(record(prompt, "7"), with_bos))[0]
+        ids = branches(encode_one(record(prompt, "7"), with_bos, special_tokens="control"))[0]
         assert ids == [with_bos.bos_id, *with_bos.encode("Question")]
     group = encode_one(record("", "A story"), with_bos)
     assert branches(group)[0] == [with_bos.bos_id]
@@ -279,6 +279,7 @@ def test_cutting_a_conversation_cuts_its_spans(chatml: Tokenizer) -> None:
     [
         ({"max_length": 1}, "must be at least 2"),
         ({"overlong": "cut"}, "must be one of drop"),
+        ({"special_tokens": "both"}, "data.special_tokens = 'both': must be text or control"),
         ({"kind": "x"}, "pair or"),
     ],
 )
@@ -290,9 +291,10 @@ def test_bad_options_are_refused(options: dict, words: str) -> None:
 # --- rows that cannot be encoded ----------------------------------------------------------------------------------
 
 
-def errors_of(rows: list[Record], tokenizer: Tokenizer, source: str) -> str:
+def errors_of(rows: list[Record], tokenizer: Tokenizer, source: str, **options: object) -> str:
+    chosen = EncodeOptions(**{"max_length": None, **options})  # type: ignore[arg-type]
     with pytest.raises(DataErrors) as caught:
-        encode_records(rows, tokenizer, template(source), NO_LIMIT)
+        encode_records(rows, tokenizer, template(source), chosen)
     return str(caught.value)
 
 
@@ -330,7 +332,7 @@ def test_pairs_that_become_the_same_tokens_are_an_error(chatml: Tokenizer) -> No
 
 
 def test_a_lone_end_token_without_prompt_cannot_be_scored(chatml: Tokenizer) -> None:
-    message = errors_of([record("", "<|im_end|>")], chatml, CHATML)
+    message = errors_of([record("", "<|im_end|>")], chatml, CHATML, special_tokens="control")
     assert "field 'completion': nothing to score: its only token has no prompt to be predicted from" in message
 
 

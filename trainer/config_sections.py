@@ -96,6 +96,8 @@ class DataConfig(Section):
     """What becomes of a row beyond data.max_length; counts are reported."""
     chat_template: str | None = None
     """A jinja file used instead of the model's own chat template."""
+    special_tokens: Literal["text", "control"] = "text"
+    """What a row's own text that spells a special token (<|im_end|>) is read as; the template's are always tokens."""
     cache_dir: str | None = None
     """Where tokenized data is kept; none: the user's cache folder."""
     lint: bool = True

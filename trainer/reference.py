@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data_tools.chat_template import load_chat_template
-from data_tools.encode import OVERLONG, EncodeOptions, Group, encode_records
+from data_tools.encode import OVERLONG, SPECIAL_TOKENS, EncodeOptions, Group, encode_records
 from data_tools.file_digests import FileDigests
 from data_tools.jsonl import read_records
 from data_tools.tokenizer import load_tokenizer
@@ -54,6 +54,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-length", type=int, default=data["max_length"], help="as data.max_length of the run")
     parser.add_argument("--overlong", choices=OVERLONG, default=data["overlong"], help="as data.overlong of the run")
     parser.add_argument("--chat-template", metavar="F", help="as data.chat_template of the run")
+    parser.add_argument(
+        "--special-tokens", choices=SPECIAL_TOKENS, default=data["special_tokens"], help="as data.special_tokens"
+    )
     parser.add_argument("--rescore", type=int, default=4, metavar="N", help="pairs to score again (default 4)")
     args = parser.parse_args(argv)
     if args.data and not args.model:
@@ -65,7 +68,7 @@ def main(argv: list[str]) -> None:
         check_weights(args.check, header, args.model)
         print(f"model {args.model}: its weights made this file")
     if args.data:
-        options = EncodeOptions("pair", args.max_length, args.overlong, args.chat_template)
+        options = EncodeOptions("pair", args.max_length, args.overlong, args.chat_template, args.special_tokens)
         held = find_held(read_groups(args.data, args.model, options), rows)
         if held and args.rescore:
             rescore(args.check, header, args.model, held[:: -(-len(held) // args.rescore)], rows)

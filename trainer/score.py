@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from data_tools.chat_template import load_chat_template
-from data_tools.encode import EncodeOptions, Group, encode_records
+from data_tools.encode import SPECIAL_TOKENS, EncodeOptions, Group, encode_records
 from data_tools.jsonl import read_records
 from data_tools.tokenizer import load_tokenizer
 from trainer import dist, losses, numerics
@@ -48,12 +49,20 @@ class PairScore:
         return self.rejected_logps / len(self.rejected_ids)
 
 
-def read_pairs(path: str, model_dir: str | Path, chat_template: str | None = None) -> list[Group]:
-    """All pairs of a file as groups, none dropped or cut. Raises UserError."""
+def read_pairs(
+    path: str,
+    model_dir: str | Path,
+    chat_template: str | None = None,
+    special_tokens: Literal["text", "control"] = "text",
+) -> list[Group]:
+    """All pairs of a file as groups, none dropped or cut; special_tokens as data.special_tokens. Raises UserError."""
     model_config = ModelConfig.from_folder(model_dir)
-    options = EncodeOptions(kind="pair", max_length=None)
+    options = EncodeOptions(kind="pair", max_length=None, special_tokens=special_tokens)
     template = load_chat_template(model_dir, chat_template)
-    groups, _ = encode_records(read_records([path], kind="pair"), load_tokenizer(model_dir), template, options)
+    records = read_records([path], kind="pair")
+    groups, report = encode_records(records, load_tokenizer(model_dir), template, options)
+    if report.special_line is not None:
+        print(report.special_line, file=sys.stderr)
     check_vocabulary(groups, model_config, model_dir)
     return groups
 
@@ -103,9 +112,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, help="JSON Lines file to write")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bf16"], help="arithmetic (default float32)")
     parser.add_argument("--chat-template", help="a jinja file used instead of the model's own template")
+    parser.add_argument("--special-tokens", choices=SPECIAL_TOKENS, default="text", help="as data.special_tokens")
     args = parser.parse_args(argv)
     ensure_file_writable(args.out)
-    groups = read_pairs(args.data, args.model, args.chat_template)
+    groups = read_pairs(args.data, args.model, args.chat_template, args.special_tokens)
     scores = score_pairs(load_for_scoring(args.model, args.dtype), groups)
     write_file(args.out, "".join(json.dumps(row) + "\n" for row in rows(scores)))
     print(f"{len(scores)} pairs scored: {args.out}")

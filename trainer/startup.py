@@ -46,6 +46,7 @@ def open_data(config: Config) -> tuple[Shard, Sequence[Group]]:
         max_length=config.data.max_length,
         overlong=config.data.overlong,
         chat_template=config.data.chat_template,
+        special_tokens=config.data.special_tokens,
     )
     shards = []
     for name, files in (("train", config.data.train), ("eval", config.data.eval)):
