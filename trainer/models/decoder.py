@@ -18,7 +18,6 @@ from kernels.rms_norm import add_rms_norm
 from kernels.rope import apply_rope
 from kernels.swiglu_linear import geglu, geglu_linear, swiglu, swiglu_linear
 from trainer.batch import Stream
-from trainer.errors import ModelError
 from trainer.models.attention_form import stream_attend
 from trainer.models.config import ModelConfig
 from trainer.models.families import Layer
@@ -224,27 +223,12 @@ class SharedByLayers:
                 )
 
 
-def _beyond_original(rope: Rope, stream: Stream, num_tokens: int) -> Tensor | None:
-    """(T,) bool: tokens of groups whose sequences are longer than the original length of longrope; None: none is.
-
-    Raises ModelError where one prompt would need both kinds of frequencies, and for dynamic frequencies, which differ
-    with each length: the prompt is computed once for all its completions.
-    """
-    original = rope.scaling.original_max_position_embeddings
-    found = None
+def _beyond_original(rope: Rope, stream: Stream, num_tokens: int) -> Tensor:
+    """(T,) bool: tokens of groups that are longer than what the model was first trained on. Raises ModelError."""
+    found = torch.zeros(num_tokens, dtype=torch.bool)
     for group in stream.layout:
-        prompt, *branches = group.lengths
-        longer = [prompt + length > original for length in branches or [0]]
-        if not any(longer):
-            continue
-        if rope.scaling.kind == "dynamic" or not all(longer):
-            problem = f"its {rope.scaling.kind} RoPE depends on a sequence's length beyond {original} tokens"
-            raise ModelError(
-                "model.path", f"{problem}, which a shared prompt cannot follow; set data.max_length = {original}"
-            )
-        found = torch.zeros(num_tokens, dtype=torch.bool) if found is None else found
-        found[group.start : group.stop] = True
-    return None if found is None else found.to(stream.tokens.device)
+        found[group.start : group.stop] = rope.is_beyond(group.lengths)
+    return found.to(stream.tokens.device)
 
 
 class Decoder(nn.Module):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.errors import ModelError
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -45,6 +47,23 @@ class Rope:
     def by_length(self) -> bool:
         """Do frequencies depend on a sequence's length, beyond `scaling.original_max_position_embeddings`?"""
         return self.scaling is not None and self.scaling.kind in ("dynamic", "longrope")
+
+    def is_beyond(self, lengths: tuple[int, ...]) -> bool:
+        """Of a group (prompt first): are its sequences longer than the original length, so that others apply?
+
+        Raises ModelError where one prompt would need both kinds of frequencies, and for dynamic ones, which differ with
+        each length: a prompt is computed once for all its completions.
+        """
+        if not self.by_length:
+            return False
+        original = self.scaling.original_max_position_embeddings
+        longer = [lengths[0] + length > original for length in lengths[1:] or (0,)]
+        if any(longer) and (self.scaling.kind == "dynamic" or not all(longer)):
+            problem = f"its {self.scaling.kind} RoPE depends on a sequence's length beyond {original} tokens"
+            raise ModelError(
+                "model.path", f"{problem}, which a shared prompt cannot follow; set data.max_length = {original}"
+            )
+        return any(longer)
 
     def frequencies(self, *, beyond: bool = False) -> Tensor:
         """(r / 2,) float32 radians a position (Su et al. 2021, eq. 15), stretched where there is a scaling.
