@@ -95,6 +95,28 @@ def check_record(obj: object, *, kind: Kind, path: str | Path, line: int) -> Rec
         raise DataError(path, line, field=wrong.field, problem=wrong.problem) from None
 
 
+def check_prompt(obj: object, *, path: str | Path, line: int) -> Record:
+    """Check one decoded JSON value that has a prompt and needs no answer; the record has no completions.
+
+    The prompt is `prompt`, a string or messages, or `messages`; messages end with the user. Raises DataError.
+    """
+    try:
+        if not isinstance(obj, dict):
+            raise _Problem(None, f'expected an object like {{"prompt": ...}}, got {_kind_of(obj)}')
+        field = "messages" if "messages" in obj and "prompt" not in obj else "prompt"
+        prompt = _text(obj, field)
+        if not isinstance(prompt, str):
+            _check_roles(prompt, field)
+            if prompt[-1].role != "user":
+                raise _Problem(field, f"the last message must be of role 'user', not '{prompt[-1].role}'")
+        elif field == "messages":
+            raise _Problem("messages", "expected a list of messages, got a string; call the column 'prompt'")
+        id = _id(obj, default=f"{Path(path).name}:{line}")
+        return Record(id=id, prompt=prompt, completions=(), path=str(path), line=line)
+    except _Problem as wrong:
+        raise DataError(path, line, field=wrong.field, problem=wrong.problem) from None
+
+
 def _is_pair(row: Mapping[str, object]) -> bool:
     return "chosen" in row or "rejected" in row
 
