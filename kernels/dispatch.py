@@ -48,7 +48,8 @@ def resolve(impl: str = "auto", device: torch.device | None = None) -> str:
                 f"kernels 'triton' ({source}): the tensors are in CPU memory, Triton needs a GPU; use 'cpu' or 'auto', "
                 "or set TRITON_INTERPRET=1 to run the kernels slowly in its interpreter"
             )
-    _say_once(impl, source)
+    if not torch.compiler.is_compiling():  # a graph cannot hold a message
+        _say_once(impl, source)
     return impl
 
 

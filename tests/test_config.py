@@ -297,7 +297,7 @@ def test_every_key_survives_toml_with_a_value_that_is_not_its_default() -> None:
                   "learning_rate": 1.2345678901234567e-7, "schedule": "cosine", "warmup_ratio": 0.1,
                   "weight_decay": 0.01, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-20,
                   "max_grad_norm": 0.0, "dtype": "float32",
-                  "activation_checkpointing": "full", "seed": 2**62, "deterministic": False},
+                  "activation_checkpointing": "full", "compile": True, "seed": 2**62, "deterministic": False},
         "loss": {"loss_type": ["discopop", "exo_pair"], "loss_weights": [0.1, 1e22], "beta": 5.0,
                  "label_smoothing": 0.001, "f_divergence": "alpha_divergence", "f_alpha_divergence_coef": 0.25,
                  "ld_alpha": 0.5, "discopop_tau": 0.5},

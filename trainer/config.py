@@ -95,7 +95,7 @@ FREE_ON_RESUME = frozenset(
         # where files lie; what they hold is compared by digest
         "model": ("path",),
         "data": ("train", "chat_template", "eval", "cache_dir", "lint"),
-        "train": ("tokens_per_microbatch", "activation_checkpointing", "deterministic"),
+        "train": ("tokens_per_microbatch", "activation_checkpointing", "compile", "deterministic"),
         "reference": ("path", "mode", "cache_dir", "cache_file"),
         "kernels": ("impl", "stash"),
         "eval": section_hints(EvalConfig),

@@ -144,6 +144,8 @@ class TrainConfig(Section):
     """bf16: computes in bfloat16 on float32 master weights; pure_bf16: weights and optimizer in bfloat16 as well."""
     activation_checkpointing: str = "none"
     """Recompute in the backward pass: full: every layer; every_K: each K-th; selective: all but narrow products."""
+    compile: bool = False
+    """Let torch.compile fuse what layers do beside attention: the first step takes long, others may be faster."""
     seed: int = 42
     """Decides the order of the data and every random number of the run."""
     deterministic: bool = True
@@ -158,6 +160,8 @@ class TrainConfig(Section):
         self.require(self.adam_epsilon > 0, "adam_epsilon", "must be > 0")
         known = re.fullmatch("none|full|selective|every_[1-9][0-9]*", self.activation_checkpointing)
         self.require(known, "activation_checkpointing", "must be none, full, selective or every_K, such as every_2")
+        chooses = self.compile and self.activation_checkpointing == "selective"  # products inside compiled code
+        self.require(not chooses, "compile", "cannot go with train.activation_checkpointing = selective; use every_K")
 
 
 @dataclass(frozen=True, kw_only=True)

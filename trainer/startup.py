@@ -40,6 +40,8 @@ SCORING_TOKENS = 2
 def open_data(config: Config) -> tuple[Shard, Sequence[Group]]:
     """Training shard and held-out groups, checked against the model. Runs before any process group exists."""
     check_ranks(config)
+    if config.train.compile:
+        parallelize.check_compiler(dist.choose_device(config.run.device))
     model_config = ModelConfig.from_folder(config.model.path)
     options = EncodeOptions(
         kind="sft" if config.train.objective == "sft" else "pair",
@@ -254,8 +256,10 @@ def check_ranks(config: Config) -> None:
 
 
 def wrap_model(config: Config, device: torch.device, model: Decoder) -> None:
-    """Activation checkpointing, then sharding, of a model that has no weights yet."""
+    """Activation checkpointing, then compilation, then sharding, of a model that has no weights yet."""
     parallelize.recompute_activations(model, config.train.activation_checkpointing)
+    if config.train.compile:
+        parallelize.compile_blocks(model)
     if is_sharded(config):
         mesh = dist.mesh(device.type, config.dist.replicas)
         compute_dtype = numerics.COMPUTE_DTYPES[config.train.dtype]
@@ -263,7 +267,8 @@ def wrap_model(config: Config, device: torch.device, model: Decoder) -> None:
 
 
 def frozen_copy(config: Config, path: str, impl: str) -> Decoder:
-    """The reference model in the compute dtype, without gradients."""
+    """The reference model in the compute dtype, without gradients; not compiled, so that caches stay the same."""
+    config = replace(config, train=replace(config.train, compile=False))
     return load_model(config, impl, path, numerics.COMPUTE_DTYPES[config.train.dtype]).requires_grad_(False)
 
 
