@@ -6,7 +6,7 @@ backward), clip, update, one row of metrics.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,19 +15,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_tools.encode import Group
-from trainer import checkpoint, dist
+from trainer import adapt, checkpoint, dist
 from trainer.batch import Stream, build_stream, idle_stream
 from trainer.config import Config
 from trainer.errors import RunError, TrainingStopped
 from trainer.export import export
 from trainer.health import Health
 from trainer.loader import Loader, length_sorted_batches, rounds
+from trainer.lora import Dropout
 from trainer.metrics import MetricsWriter, peak_memory_mib
 from trainer.models.decoder import Decoder
 from trainer.numerics import COMPUTE_DTYPES, STEP0_TOLERANCE
 from trainer.objective import Counts, Objective, group_weights
 from trainer.optim import AdamW, MasterWeights, clip_by_global_norm, learning_rate_at
 from trainer.reference_cache import ReferenceCache
+from trainer.run_folder import EXPORT
 from trainer.saver import Saver
 from trainer.stop import LONG_STEP_S, StopRequest
 
@@ -44,7 +46,7 @@ class Run:
     loader: Loader
     eval_groups: Sequence[Group]
     cache: ReferenceCache | None
-    reference_model: Decoder | None
+    reference_model: Callable[[Stream], Tensor] | None
     starts_at_reference: bool
     """The reference is where the policy starts, so both must agree before the first update."""
     manifest: checkpoint.Manifest
@@ -54,6 +56,8 @@ class Run:
     step_s: float = math.inf
     """Seconds that the last step took, the same number on every rank; before the first, nobody knows."""
     stop: StopRequest = field(default_factory=StopRequest)
+    dropout: Dropout | None = None
+    """Of the adapters, where they drop anything."""
 
     @property
     def folder(self) -> Path:
@@ -190,11 +194,13 @@ def _forward_and_backward(run: Run, indices: Sequence[int]) -> tuple[dict[str, f
             run.stop.agreed = True
             return None
         check_start = run.starts_at_reference and run.step == 0 and number == 0
+        if run.dropout is not None:
+            run.dropout.begin(run.config.train.seed, run.step, number, dist.rank())
         if run.masters.sharded:
             last = number == len(micro_batches) - 1
             run.model.set_requires_gradient_sync(last or run.config.dist.grad_sync == "every")
         if not members:  # a rank without a group in this round still takes part in what all ranks do together
-            _idle_micro_batch(run)
+            _idle_micro_batch(run, check_start=check_start)
         else:
             groups = [run.loader.shard[index] for index in members]
             part, own_bad_rows, mismatch = _micro_batch(run, groups, counts, check_start=check_start)
@@ -214,7 +220,7 @@ def _micro_batch(
     stream = build_stream(groups, score_prompt=run.objective.scores_prompt).to(run.device)
     token_logps = run.model(stream)
     reference = run.reference_logps(groups, stream)
-    message = unlike_reference(token_logps.detach(), reference, run) if check_start else None
+    message = unlike_reference(_undropped(run, stream, token_logps), reference, run) if check_start else None
     terms = run.objective.terms(token_logps, reference, stream, group_weights(groups, run.device), counts)
     bad_rows = []
     if not torch.isfinite(terms.loss):
@@ -224,7 +230,15 @@ def _micro_batch(
     return {name: value.item() for name, value in terms.sums.items()}, bad_rows, message
 
 
-def _idle_micro_batch(run: Run) -> None:
+def _undropped(run: Run, stream: Stream, token_logps: Tensor) -> Tensor:
+    """The policy's log-probs without dropout, for the comparison with the reference."""
+    if run.dropout is None:
+        return token_logps.detach()
+    with torch.no_grad():
+        return run.model(stream)
+
+
+def _idle_micro_batch(run: Run, *, check_start: bool = False) -> None:
     """What a rank without a group does: nothing, or the gathers and reductions of a sharded model."""
     if not run.masters.sharded:
         return
@@ -233,6 +247,8 @@ def _idle_micro_batch(run: Run) -> None:
     if run.reference_model is not None:  # gathers come in the order in which the other ranks ask for them
         with torch.no_grad():
             run.reference_model(stream)
+    if check_start:
+        _undropped(run, stream, loss)
     if torch.is_grad_enabled():
         loss.backward()
 
@@ -298,12 +314,18 @@ def save_checkpoint(run: Run, saver: Saver) -> None:
     saver.save(replace(run.manifest, step=run.step), state)
 
 
-def export_model(run: Run) -> None:
-    """`export/` from the master weights, which every rank gives its rows of. Raises TrainingStopped on every rank."""
+def write_results(run: Run) -> list[Path]:
+    """`export/`, `adapter/` from the masters, which every rank gives its rows of; raises TrainingStopped on every
+    rank."""
     try:
-        export(run.masters.named(), source=run.config.model.path, folder=run.folder / "export")
+        if run.config.lora.enabled:
+            return adapt.write_results(run.config, run.model, run.masters.named(), run.folder)
+        if run.config.run.export:
+            export(run.masters.named(), source=run.config.model.path, folder=run.folder / EXPORT)
+            return [run.folder / EXPORT]
     except RunError as error:
         raise TrainingStopped(str(error)) from None
+    return []
 
 
 def _rows_with_non_finite(groups: list[Group], stream: Stream, token_logps: Tensor) -> list[str]:

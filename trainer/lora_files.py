@@ -20,7 +20,7 @@ from torch import Tensor
 from data_tools.file_digests import FileDigests
 from trainer import dist
 from trainer.checkpoint import make_empty, refusal, replace_folder
-from trainer.errors import ConfigError, ModelError, RunError
+from trainer.errors import ModelError, RunError
 from trainer.export import headers, whole_tensors, write_model
 from trainer.lora import ALL_LINEAR, LoraSettings, block_linears, layer_name, lora_layers, merged_weight, put
 from trainer.models.decoder import Decoder
@@ -266,12 +266,3 @@ def _merged_tensors(
             tensor = file.get_tensor(entry.name)
         own = adapter.get(entry.name.removesuffix(".weight"))
         yield tensor if own is None else merged_weight(tensor, own.A, own.B, own.lengths, settings)
-
-
-def agree(settings: LoraSettings, folder: str, given: dict[str, object]) -> None:
-    """Raise ConfigError where a key of [lora] that the user set says otherwise than the adapter to go on from."""
-    for name, value in given.items():
-        own = getattr(settings, name)
-        if value != own:
-            problem = f"the adapter in lora.adapter ({folder}) has {own!r}; leave the key out"
-            raise ConfigError(f"lora.{name}", value, problem)

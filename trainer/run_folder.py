@@ -5,6 +5,7 @@
             metrics.jsonl         trainer.metrics
             checkpoints/step_N/   trainer.checkpoint
             export/               trainer.export
+            adapter/              trainer.lora_files
 
 Whole folders appear by rename: `NAME.tmp` is one being written, `NAME.old` one being replaced.
 """
@@ -27,6 +28,7 @@ from trainer.errors import CheckpointError, RunError
 
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
+ADAPTER = "adapter"
 LOCK_NAME = ".lock"
 
 
@@ -92,7 +94,8 @@ def remove_leftovers(run_dir: str | Path) -> list[Path]:
     `NAME.tmp` goes. `NAME.old` goes where NAME stands; else the rename was cut in half and it becomes NAME again.
     """
     run_dir = Path(run_dir)
-    found = sorted((run_dir / CHECKPOINTS).glob("step_*")) + sorted(run_dir.glob(f"{EXPORT}.*"))
+    found = sorted((run_dir / CHECKPOINTS).glob("step_*"))
+    found += sorted(path for name in (EXPORT, ADAPTER) for path in run_dir.glob(f"{name}.*"))
     changed = []
     for path in found:
         if path.suffix not in (".tmp", ".old") or not path.is_dir():

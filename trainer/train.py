@@ -9,18 +9,20 @@ import torch
 
 from data_tools.encode import Group
 from data_tools.shards import Shard
-from trainer import dist, numerics
+from trainer import adapt, dist, numerics
 from trainer.checkpoint import find_damage, read_manifest
 from trainer.config import Config, load_config, to_toml
 from trainer.dry_run import dry_run
 from trainer.errors import CheckpointError, RunError, TrainingStopped
 from trainer.export import planned_entries
-from trainer.loop import Run, export_model, train
+from trainer.loop import Run, train, write_results
 from trainer.metrics import MetricsWriter
 from trainer.models.hf_weights import hf_name
 from trainer.parts import parts_of
 from trainer.run_folder import (
+    ADAPTER,
     CHECKPOINTS,
+    EXPORT,
     RunLock,
     ensure_writable,
     find_checkpoints,
@@ -79,16 +81,20 @@ def _train(
     """`folder`, `checkpoints`: the run folder and what to go on from, on the rank that writes there alone."""
     resume_from = choose_checkpoint(config, checkpoints)
     run = make_run(config, shard, held_out, resume_from)
-    if config.run.export:
+    if config.lora.enabled:
+        adapt.check_results(config, run.model)
+    elif config.run.export:
         planned_entries(parts_of((hf_name(name), tensor) for name, tensor in run.masters.named()), config.model.path)
     if run.step == 0:
         say(to_toml(config))
+        for note in adapt.notes(config):
+            say(note)
         if folder is not None:
             look_at_data(config, shard)
     else:
         say(f"resuming from {resume_from} at step {run.step} of {run.total_steps}")
-    to_export = dist.broadcast_object(config.run.export and not (run.folder / "export").is_dir())  # for rank 0
-    if run.step >= run.total_steps and not to_export:
+    to_write = dist.broadcast_object(not all((run.folder / name).is_dir() for name in results(config)))  # for rank 0
+    if run.step >= run.total_steps and not to_write:
         say(f"finished: step {run.step} of {run.total_steps}, all of it in {run.folder}")
         return
     if (line := sorted_pairs_line(run)) is not None:
@@ -102,9 +108,15 @@ def _train(
             metrics.close()
     if run.stop.agreed:
         _say_stopped(run, argv)
-    elif config.run.export:
-        export_model(run)
-        say(f"model: {run.folder / 'export'}")
+    else:
+        for path in write_results(run):
+            say(f"{'adapter' if path.name == ADAPTER else 'model'}: {path}")
+
+
+def results(config: Config) -> list[str]:
+    """Names of the folders that a finished run leaves."""
+    found = [ADAPTER] if config.lora.enabled else []
+    return [*found, EXPORT] if config.run.export and (config.lora.merge or not config.lora.enabled) else found
 
 
 def _say_stopped(run: Run, argv: list[str]) -> None:

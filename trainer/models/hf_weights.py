@@ -1,7 +1,7 @@
 """Weights of a Hugging Face safetensors folder into a `Decoder`, one tensor at a time; trainer.export writes them."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,17 +18,22 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def load_decoder(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, wrap: Callable[[Decoder], None] = lambda model: None
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    wrap: Callable[[Decoder], None] = lambda model: None,
+    weights: Callable[[Decoder], Iterable[tuple[Path, str, Tensor]]] | None = None,
 ) -> Decoder:
     """The model of a Hugging Face folder with parameters in `dtype`. Raises ModelError naming file and tensor.
 
-    wrap: called with the model on the meta device, before it has weights: the place to shard it.
+    wrap: called with the model on the meta device, before it has weights: the place to shard it. weights: gives the
+    tensors (as `iter_weights` does) from somewhere else than the folder.
     """
     config = ModelConfig.from_folder(folder)
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
     wrap(model)
-    load_weights(model, folder, dtype=dtype)
+    load_weights(model, folder, dtype=dtype, weights=None if weights is None else weights(model))
     return model
 
 
@@ -37,17 +42,30 @@ def hf_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def load_weights(model: nn.Module, folder: str | Path, *, dtype: torch.dtype) -> None:
-    """Replace every parameter of `model` (which may be on the meta device) by the folder's tensor of that name.
+def is_adapter(name: str) -> bool:
+    """Is a parameter of this name an adapter's (`trainer.lora.LoRALinear`), not the model's own?"""
+    return name.rpartition(".")[2].startswith(("lora_", "start_"))
 
-    Of a sharded parameter only this rank's rows are read from the file, into the device of the shards' mesh.
+
+def load_weights(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    weights: Iterable[tuple[Path, str, Tensor]] | None = None,
+) -> None:
+    """Replace every parameter of `model` (which may be on the meta device) by the folder's tensor of that name.
+    Adapters (trainer.lora) are left alone.
+
+    Of a sharded parameter only this rank's rows are read from the file, into the device of the shards' mesh
+    unless they are in memory already.
     """
-    if any(is_sharded(parameter) for parameter in model.parameters()):
+    if any(is_sharded(parameter) and parameter.is_meta for parameter in model.parameters()):
         device = next(model.parameters()).device_mesh.device_type
         model.to_empty(device=device)
-    wanted = {hf_name(name): name for name, _ in model.named_parameters()}
+    wanted = {hf_name(name): name for name, _ in model.named_parameters() if not is_adapter(name)}
     seen = set()
-    for path, name, tensor in iter_weights(folder):
+    for path, name, tensor in iter_weights(folder) if weights is None else weights:
         if name not in wanted:
             if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
                 continue  # a tied head stored twice, or a constant that old exports carry
