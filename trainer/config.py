@@ -24,6 +24,7 @@ from trainer.config_sections import (
     DistConfig,
     EvalConfig,
     KernelsConfig,
+    LoraConfig,
     LossConfig,
     ModelConfig,
     ReferenceConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "DistConfig",
     "EvalConfig",
     "KernelsConfig",
+    "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "ReferenceConfig",
@@ -63,6 +65,7 @@ SECTIONS = cast(dict[str, type[Section]], {field.name: field.type for field in f
 USAGE = "torchrun trainer/main.py CONFIG.toml [--section.key=value ...]"
 
 NAMES_ELSEWHERE = {
+    "adapter_name_or_path": "lora.adapter",
     "alpha": "loss.beta",
     "bf16": "train.dtype",
     "eval_steps": "eval.every",
@@ -70,7 +73,14 @@ NAMES_ELSEWHERE = {
     "gradient_accumulation_steps": "train.tokens_per_microbatch",
     "gradient_checkpointing": "train.activation_checkpointing",
     "lambda": "loss.beta",
+    "load_in_4bit": "model.quantise",
     "logging_steps": "run.log_every",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
     "lr": "train.learning_rate",
     "lr_scheduler_type": "train.schedule",
     "model_name_or_path": "model.path",
@@ -85,6 +95,7 @@ NAMES_ELSEWHERE = {
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep_last",
     "truncation_mode": "data.overlong",
+    "use_peft": "lora.r",
     "warmup_steps": "train.warmup_ratio",
 }
 """What other trainers call our keys. They are not accepted (the meaning differs in places); the error names ours."""
@@ -93,7 +104,8 @@ FREE_ON_RESUME = frozenset(
     f"{section}.{name}"
     for section, names in {
         # where files lie; what they hold is compared by digest
-        "model": ("path",),
+        "model": ("path", "gguf"),
+        "lora": ("adapter", "merge"),
         "data": ("train", "chat_template", "eval", "cache_dir", "lint"),
         "train": ("tokens_per_microbatch", "activation_checkpointing", "compile", "deterministic"),
         "reference": ("path", "mode", "cache_dir", "cache_file"),
@@ -172,10 +184,10 @@ def to_toml(config: Config) -> str:
 def maths_changes(saved: Config, current: Config) -> list[str]:
     """What makes `current` another training than `saved`, a text for each key: `loss.beta: was 0.1, now 0.2`.
 
-    Micro-batches may change on resume unless the loss sorts over the pairs of one.
+    Micro-batches may change on resume unless the loss sorts over the pairs of one, or dropout differs between them.
     """
     keys = set(MATHS_KEYS)
-    if set(saved.loss.loss_type) & set(SORTING_LOSS_TYPES):
+    if set(saved.loss.loss_type) & set(SORTING_LOSS_TYPES) or saved.lora.dropout:
         keys.add("train.tokens_per_microbatch")
     before, after = to_tables(saved), to_tables(current)
     pairs = [(key, *key.split(".")) for key in sorted(keys)]
@@ -285,10 +297,11 @@ def _suggestion(key: str) -> str:
     name = key.rpartition(".")[2]
     known = [f"{section}.{field}" for section, cls in SECTIONS.items() for field in section_hints(cls)]
     same_name = [other for other in known if other.endswith(f".{name}")]
-    if same_name:
+    elsewhere = NAMES_ELSEWHERE.get(name.lower())
+    if elsewhere is not None and (not same_name or elsewhere.partition(".")[0] == key.partition(".")[0]):
+        guess = elsewhere
+    elif same_name:
         guess = nearest(key, same_name)
-    elif name.lower() in NAMES_ELSEWHERE:
-        guess = NAMES_ELSEWHERE[name.lower()]
     elif "." in key:
         guess = nearest(key, known)
     else:

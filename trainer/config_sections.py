@@ -1,7 +1,8 @@
 """Every key of a run's configuration with its meaning, default and range. Import it from `trainer.config`.
 
 The string under a field is its documentation: `--help` prints it. Sections check themselves when they are made, so a
-`Config` in hand is a valid one; what one key means for another is checked in `Config`. Imports no torch.
+`Config` in hand is a valid one; what one key means for another is checked in `Config`. Imports no torch. One long table:
+it is not cut in files, since it is read as a whole.
 """
 
 import re
@@ -78,6 +79,54 @@ class ModelConfig(Section):
 
     path: str
     """Hugging Face folder of the starting model: config.json, *.safetensors, tokenizer files."""
+    quantise: Literal["none", "nf4", "gguf"] = "none"
+    """Keep the layers' weights quantised in memory, for LoRA: nf4: 4 bits, made from model.path by bitsandbytes; gguf:
+    as they are in model.gguf."""
+    gguf: str | None = None
+    """With model.quantise = gguf: the GGUF file of all weights; model.path gives config.json and the tokenizer."""
+
+    def check(self) -> None:
+        if self.quantise == "gguf":
+            self.require(self.gguf is not None, "gguf", "needed by model.quantise = gguf: name the GGUF file")
+        else:
+            self.require(self.gguf is None, "gguf", "only used with model.quantise = gguf; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    """Low-rank adapters: train two thin matrices beside each chosen layer, the model's own weights stay as they are."""
+
+    section = "lora"
+
+    r: int = 0
+    """Rank of the adapters; 0: no adapters, all weights are trained."""
+    alpha: float = 32.0
+    """Scaling of what an adapter adds: alpha / r."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs dropped while training; above 0, micro-batches and ranks change the result."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Layers with an adapter, by the ends of their names, such as q_proj,v_proj; all-linear: all but the head."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead (rsLoRA)."""
+    use_dora: bool = False
+    """Train the length of each weight's rows apart from their direction (DoRA)."""
+    adapter: str | None = None
+    """Folder of an adapter in PEFT's format to go on from; r, alpha, target_modules and use_* are then its own."""
+    merge: bool = True
+    """Work the adapter into the weights for run.dir/export; run.dir/adapter holds the adapter itself in any case."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.r > 0 or self.adapter is not None
+
+    def check(self) -> None:
+        self.require_at_least(0, "r")
+        self.require(self.alpha > 0, "alpha", "must be > 0")
+        self.require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
+        self.require(len(self.target_modules) > 0, "target_modules", "must name at least one layer, or all-linear")
+        for name, default in section_defaults(LoraConfig).items():
+            used = self.enabled or getattr(self, name) == default
+            self.require(used, name, "is not used without adapters; set lora.r or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,6 +387,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
     loss: LossConfig = LossConfig()
     reference: ReferenceConfig = ReferenceConfig()
     kernels: KernelsConfig = KernelsConfig()
@@ -360,6 +410,17 @@ class Config:
                 unused = f"train.objective = {objective} has no reference; leave it out"
                 self.reference.require(getattr(self.reference, name) is None, name, unused)
         self.eval.require(self.eval.every == 0 or self.data.eval, "every", "needs data.eval, the held-out files")
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.model.quantise != "none":
+            frozen = "quantised weights cannot be trained; set lora.r or lora.adapter"
+            self.model.require(self.lora.enabled, "quantise", frozen)
+            whole = f"cannot shard the weights of model.quantise = {self.model.quantise}; use replicas or auto"
+            self.dist.require(self.dist.strategy != "fsdp", "strategy", whole)
+            self.train.require(not self.train.compile, "compile", "cannot go with model.quantise")
+        dropped = "cannot go with lora.dropout, which changes with every micro-batch"
+        self.train.require(not (self.train.compile and self.lora.dropout), "compile", dropped)
 
     def _check_dpo(self) -> None:
         loss, names = self.loss, set(self.loss.loss_type)

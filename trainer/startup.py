@@ -17,12 +17,13 @@ from data_tools.shards import Shard, open_or_build
 from data_tools.show import describe_group
 from data_tools.tokenizer import load_tokenizer
 from kernels.dispatch import choose_matmul_precision, resolve
-from trainer import checkpoint, dist, numerics, parallelize
+from trainer import adapt, checkpoint, dist, numerics, parallelize
 from trainer.config import Config, maths_changes, parse_toml, to_toml
 from trainer.config_sections import SORTING_LOSS_TYPES
 from trainer.errors import CheckpointError, ConfigError, ModelError, UserError
 from trainer.loader import Loader
 from trainer.loop import Run
+from trainer.lora import lora_layers
 from trainer.models.attention_form import choose_form
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import Decoder
@@ -136,17 +137,17 @@ def make_run(
         numerics.give_back_buffers()
     ensure_writable(cache_folder(config))
     digests = FileDigests(cache_folder(config) / "digests.json")
-    reference_path = config.reference.path or config.model.path
+    start, other = adapt.start_digest(config, digests), config.reference.path  # none: the policy's start is it
     manifest = checkpoint.Manifest(
         step=0,
         config=to_toml(config),
         data_digest=shard.digest,
-        weights_digest=weights_digest(config.model.path, digests),
+        weights_digest=start,
         world_size=dist.world_size(),
         threads=torch.get_num_threads(),
         device=device.type,
         choices=choices,
-        reference_digest=weights_digest(reference_path, digests) if objective.needs_reference else "",
+        reference_digest=(weights_digest(other, digests) if other else start) if objective.needs_reference else "",
     )
     digests.save()
     if old is not None:
@@ -156,8 +157,10 @@ def make_run(
     cache, reference_model = None, None
     if objective.needs_reference:  # before the policy is loaded: neither it nor its float32 masters wait in memory
         groups = [shard[index] for index in loader.used_indices(total_steps)] + list(held_out)
-        cache, reference_model = attach_reference(config, manifest, groups, reference_path)
+        cache, reference_model = attach_reference(config, manifest, groups, other or config.model.path)
     model = load_model(config, str(choices["impl"]))
+    if objective.needs_reference and cache is None and reference_model is None:
+        reference_model = adapt.StartingState(model, config)
     compute_dtype = numerics.COMPUTE_DTYPES[config.train.dtype]
     masters = MasterWeights(model, compute_dtype=compute_dtype, pure=config.train.dtype == "pure_bf16")
     run = Run(
@@ -170,9 +173,10 @@ def make_run(
         eval_groups=held_out,
         cache=cache,
         reference_model=reference_model,
-        starts_at_reference=manifest.reference_digest == manifest.weights_digest,
+        starts_at_reference=manifest.reference_digest == start and (not other or config.model.quantise == "none"),
         manifest=manifest,
         total_steps=total_steps,
+        dropout=lora_layers(model)[0].dropout if config.lora.dropout else None,
     )
     if old is not None:
         checkpoint.load(resume_from, masters.named(), run.optimizer)
@@ -194,12 +198,14 @@ def make_optimizer(config: Config, masters: MasterWeights) -> AdamW:
 def attach_reference(
     config: Config, manifest: checkpoint.Manifest, groups: Sequence[Group], path: str
 ) -> tuple[ReferenceCache | None, Decoder | None]:
-    """What the reference at `path` says of `groups`: a cache that holds all of them, or the frozen model itself."""
-    impl = str(manifest.choices["impl"])
+    """What the reference at `path` says of `groups`: a cache that holds all of them, or the frozen model itself;
+    neither where the policy's own adapters give it (`adapt.StartingState`)."""
+    impl, is_start = str(manifest.choices["impl"]), config.reference.path is None
     if config.reference.mode == "model":
-        return None, frozen_copy(config, path, impl)
+        return None, None if is_start and config.lora.enabled else frozen_copy(config, path, impl)
     dtype = str(numerics.COMPUTE_DTYPES[config.train.dtype]).removeprefix("torch.")
-    header = Header(manifest.reference_digest, dtype=dtype, kernel=impl)
+    packed = config.model.quantise if is_start else "none"
+    header = Header(manifest.reference_digest, dtype=dtype, kernel=impl, quantisation=packed)
     form = attention_form(config, dist.choose_device(config.run.device))
     cache = open_cache(config, header if form == "blocks" else replace(header, attention=form))
     fill_cache(cache, groups, config, path, impl)
@@ -229,12 +235,19 @@ def measured_choices(config: Config, device: torch.device) -> dict[str, object]:
 
 
 def load_model(config: Config, impl: str, path: str | None = None, dtype: torch.dtype | None = None) -> Decoder:
-    """A decoder on this rank's device, ready for the run's arithmetic. dtype: float32 by default unless the run is pure
-    bf16 (masters start from float32)."""
-    dtype = dtype or (torch.bfloat16 if config.train.dtype == "pure_bf16" else torch.float32)
+    """A decoder on this rank's device, ready for the run's arithmetic. path: of the reference; none: the policy, with
+    its adapters. dtype: float32 by default unless the run is pure bf16 (masters start from float32)."""
+    master_dtype = torch.bfloat16 if config.train.dtype == "pure_bf16" else torch.float32
     device = dist.choose_device(config.run.device)
-    form = attention_form(config, device)
-    model = load_decoder(path or config.model.path, dtype=dtype, wrap=partial(wrap_model, config, device))
+    form, wrap = attention_form(config, device), partial(wrap_model, config, device)
+    is_policy = path is None
+    if is_policy and config.lora.enabled:
+        compute_dtype = numerics.COMPUTE_DTYPES[config.train.dtype]
+        model = adapt.load_start(config, dtype=compute_dtype, adapter_dtype=master_dtype, wrap=wrap, train=True)
+    elif not is_policy and config.reference.path is None and adapt.changes_start(config):
+        model = adapt.load_start(config, dtype=dtype, adapter_dtype=dtype, wrap=wrap, train=False)
+    else:
+        model = load_decoder(path or config.model.path, dtype=dtype or master_dtype, wrap=wrap)
     if not is_sharded(config):
         model = model.to(device)
     model.stash_logits = config.kernels.stash
@@ -245,7 +258,8 @@ def load_model(config: Config, impl: str, path: str | None = None, dtype: torch.
 
 def is_sharded(config: Config) -> bool:
     """Does each rank hold a part of the model only?"""
-    return config.dist.strategy == "fsdp" or (config.dist.strategy == "auto" and dist.world_size() > 1)
+    several = dist.world_size() > 1 and config.model.quantise == "none"  # packed weights are not sharded
+    return config.dist.strategy == "fsdp" or (config.dist.strategy == "auto" and several)
 
 
 def check_ranks(config: Config) -> None:
@@ -313,7 +327,7 @@ def check_belongs(old: checkpoint.Manifest, new: checkpoint.Manifest, config: Co
         )
     for name, changed in (
         ("data_digest", "the training data"),
-        ("weights_digest", "the weights in model.path"),
+        ("weights_digest", f"the weights in {adapt.start_keys(config)}"),
         ("reference_digest", "the weights in reference.path"),
     ):
         if getattr(old, name) != getattr(new, name):
