@@ -31,7 +31,7 @@ GEMMA3_ROPE = {
 }
 LONGROPE = {"rope_type": "longrope", "rope_theta": 5000.0, "short_factor": [1.0, 1.1, 1.5, 2.0, 2.5, 3.0]}
 LONGROPE |= {"long_factor": [1.0, 1.2, 3.0, 6.0, 7.5, 9.0], "partial_rotary_factor": 0.75}
-LONGROPE |= {"original_max_position_embeddings": 32}
+LONGROPE |= {"original_max_position_embeddings": 256}
 
 # name of the case -> (architecture, class of transformers, its config)
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -45,14 +45,16 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("gemma2", "Gemma2", {"rope_parameters": ROPE, "head_dim": 24, "sliding_window": 5}),
     "gemma3": ("gemma3", "Gemma3", {"rope_parameters": GEMMA3_ROPE, "head_dim": 24, "sliding_window": 5}),
     "phi3": ("phi3", "Phi3", {"rope_parameters": ROPE, "sliding_window": 6}),
-    "phi3_longrope": ("phi3", "Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
+    "phi3_longrope": ("phi3", "Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256}),
     "olmo2": ("olmo2", "Olmo2", {"rope_parameters": ROPE}),
-    "command-r": ("command-r", "Cohere", {"rope_parameters": ROPE, "logit_scale": 0.25, "use_qk_norm": True}),
+    "command-r": ("command-r", "Cohere", {"rope_parameters": ROPE, "logit_scale": 0.25}),
+    "command-r-plus": ("command-r", "Cohere", {"rope_parameters": ROPE, "logit_scale": 0.25, "use_qk_norm": True}),
     "cohere2": ("cohere2", "Cohere2", {"rope_parameters": ROPE, "logit_scale": 0.25, "sliding_window": 5}),
 }
 FAMILIES["gemma2"][2]["query_pre_attn_scalar"] = 24
 FAMILIES["gemma3"][2].update(query_pre_attn_scalar=24, num_hidden_layers=7)
 FAMILIES["cohere2"][2].update(num_hidden_layers=5)
+FAMILIES["phi3_longrope"][2]["max_position_embeddings"] = 1024
 
 
 def random_model(case: str, seed: int = 0) -> transformers.PreTrainedModel:

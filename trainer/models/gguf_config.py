@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.errors import ModelError
 from trainer.models.gguf_families import FAMILIES, ROPE_TENSORS, SIZES, Family, Setting
-from trainer.models.gguf_file import Metadata
+from trainer.models.gguf_file import Metadata, Tensor
 from trainer.models.gguf_rope import read_rope, write_rope
 
 CONFIG_DTYPES = {"float32": "float32", "bf16": "bfloat16"}
@@ -40,10 +40,9 @@ def family_of(metadata: Metadata) -> Family:
     return FAMILIES[name]
 
 
-def build_config(metadata: Metadata, reader: gguf.GGUFReader, dtype: str) -> dict[str, Any]:
+def build_config(metadata: Metadata, tensors: dict[str, Tensor], dtype: str) -> dict[str, Any]:
     """The `config.json` of the model; raises ModelError for what it cannot express."""
     family = family_of(metadata)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
     config: dict[str, Any] = {"architectures": [family.class_name], "model_type": family.model_type}
     config |= family.constants | {setting.config: _read(metadata, setting) for setting in (*SIZES, *family.settings)}
     if family.partial_rope and not config["sliding_window"]:
@@ -55,7 +54,9 @@ def build_config(metadata: Metadata, reader: gguf.GGUFReader, dtype: str) -> dic
     config["head_dim"] = _head_dim(metadata, family, config)
     for switch, names in family.switches.items():
         config[switch] = f"blk.0.{next(iter(names))}" in tensors
-    factors = {name: np.asarray(tensors[name].data, np.float32) for name in ROPE_TENSORS if name in tensors}
+    factors = {
+        name: gguf.quants.dequantize(tensors[name].data, tensors[name].kind) for name in ROPE_TENSORS if name in tensors
+    }
     config |= read_rope(metadata, family, factors, config)
     config |= derived_keys(family, config)
     if not family.free_head_dim:
@@ -169,6 +170,8 @@ def _refuse_other(path: Path, family: Family, config: dict[str, Any]) -> None:
     for name, expected in derived_keys(family, config).items():
         if config.get(name) is not None:
             wanted[name] = expected
+    wanted |= {name: config["num_hidden_layers"] >= layers for name, layers in family.switched_at.items()}
+    config |= {name: bool(config.get(name)) for name in family.switches}
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if name not in {setting.config for setting in family.settings} and config.get(name) is not None:
             wanted[name] = None

@@ -98,6 +98,8 @@ class Family:
     layer: Names
     switches: Mapping[str, Names] = field(default_factory=dict)
     """Tensors of every layer that are there when this key of config.json is true."""
+    switched_at: Mapping[str, int] = field(default_factory=dict)
+    """Keys of `switches` that llama.cpp takes for true from this number of layers on, and for false below."""
     settings: tuple[Setting, ...] = (RMS_EPS,)
     """Beside SIZES, key-value heads, head dim and RoPE."""
     constants: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
@@ -237,6 +239,7 @@ _ALL = (
                 "attn_k_norm.weight": ("self_attn.k_norm.weight", "Mh"),
             }
         },
+        switched_at={"use_qk_norm": 64},
         settings=(LAYER_EPS, Setting("logit_scale", "logit_scale", float)),
         constants={"hidden_act": "silu", "attention_bias": False},
         tied=True,

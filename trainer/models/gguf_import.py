@@ -25,7 +25,7 @@ import torch
 
 from trainer.errors import ModelError, UserError
 from trainer.models.gguf_config import build_config, family_of
-from trainer.models.gguf_file import Metadata, open_gguf
+from trainer.models.gguf_file import open_gguf
 from trainer.models.gguf_tensors import TensorPlan, plan_tensors, read_tensor
 from trainer.models.gguf_tokenizer import build_tokenizer
 
@@ -41,10 +41,9 @@ def convert(gguf_path: str | Path, out_dir: str | Path, *, dtype: str = "float32
     source, target = Path(gguf_path), Path(out_dir)
     if target.exists():
         raise ModelError(target, "exists already; delete it or name another folder")
-    reader = open_gguf(source)
-    metadata = Metadata(source, reader)
-    config = build_config(metadata, reader, dtype)
-    plans = plan_tensors(source, reader, family_of(metadata), config)
+    metadata, tensors = open_gguf(source)
+    config = build_config(metadata, tensors, dtype)
+    plans = plan_tensors(source, tensors, family_of(metadata), config)
     files = build_tokenizer(metadata, config)
 
     partial = target.parent / f".{target.name}.{os.getpid()}.tmp"

@@ -21,6 +21,12 @@ GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{CONTRACTIONS}?|\p{{N}}{{1,3}}|" + _REST_SLASH
 )
 
+SAME = {
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": GPT2,
+    GPT2.removesuffix(r"|\s+"): GPT2,  # what it leaves over is a piece of its own anyway
+}
+"""Other spellings of a pattern."""
+
 Step = tuple[Any, ...]
 DIGITS: Step = ("digits",)
 BYTES: Step = ("bytes",)
@@ -113,7 +119,7 @@ def _steps(part: dict[str, Any] | None) -> tuple[Step, ...] | None:
             # "Removed" with "invert" keeps the matches: the same words, as these patterns leave nothing between
             if pattern is None or (step["behavior"] == "Removed") != bool(step.get("invert")):
                 return None
-            found.append(DIGITS if pattern in (r"\p{N}", r"\d") else _split(pattern))
+            found.append(DIGITS if pattern == r"\p{N}" else _split(SAME.get(pattern, pattern)))
         else:
             return None
     return tuple(found)

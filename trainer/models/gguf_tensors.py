@@ -17,7 +17,7 @@ import numpy as np
 from trainer.errors import ModelError
 from trainer.models.gguf_config import build_config, family_of
 from trainer.models.gguf_families import GLOBAL_TENSORS, HEAD_TENSOR, ROPE_TENSORS, Family, Names
-from trainer.models.gguf_file import Metadata, open_gguf
+from trainer.models.gguf_file import Tensor, open_gguf
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TensorPlan:
     """One tensor: where it comes from, what it is called, over how many heads its rows are permuted (None: not at all),
     and what is added to its values."""
 
-    source: gguf.ReaderTensor
+    source: Tensor
     name: str
     shape: tuple[int, ...]
     rotary_heads: int | None
@@ -51,13 +51,11 @@ class PackedTensor(NamedTuple):
 def iter_packed(path: str | Path) -> Iterator[PackedTensor]:
     """Every weight of a GGUF, as it is stored. Raises ModelError for a file or a model that cannot be imported."""
     path = Path(path)
-    reader = open_gguf(path)
-    metadata = Metadata(path, reader)
-    config = build_config(metadata, reader, "float32")
-    for plan in plan_tensors(path, reader, family_of(metadata), config):
-        data = np.ascontiguousarray(plan.source.data).view(np.uint8).reshape(*plan.shape[:-1], -1)
+    metadata, tensors = open_gguf(path)
+    config = build_config(metadata, tensors, "float32")
+    for plan in plan_tensors(path, tensors, family_of(metadata), config):
         rows = None if plan.rotary_heads is None else rotary_rows(plan.shape[0], plan.rotary_heads)
-        yield PackedTensor(plan.name, plan.shape, plan.source.tensor_type.name, data, rows, plan.offset)
+        yield PackedTensor(plan.name, plan.shape, plan.source.kind.name, plan.source.data, rows, plan.offset)
 
 
 def tensor_names(family: Family, config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -100,10 +98,9 @@ def norm_offset(family: Family, key: str) -> float:
     return -family.norm_shift if key.endswith("norm.weight") else 0.0
 
 
-def plan_tensors(path: Path, reader: gguf.GGUFReader, family: Family, config: dict[str, Any]) -> list[TensorPlan]:
+def plan_tensors(path: Path, present: dict[str, Tensor], family: Family, config: dict[str, Any]) -> list[TensorPlan]:
     """Every tensor of the model in the order it is written; raises ModelError if one is missing, odd or left over."""
     wanted = tensor_names(family, config)
-    present = {tensor.name: tensor for tensor in reader.tensors}
     unknown = sorted(present.keys() - wanted.keys() - set(ROPE_TENSORS))
     if unknown:
         model = family.class_name.removesuffix("ForCausalLM")
@@ -112,9 +109,8 @@ def plan_tensors(path: Path, reader: gguf.GGUFReader, family: Family, config: di
     for key, (name, shape) in wanted.items():
         if key not in present:
             raise ModelError(path, f"tensor '{key}' is missing")
-        found = tuple(int(size) for size in reversed(present[key].shape))  # GGUF counts from the fastest dimension
-        if found != shape:
-            raise ModelError(path, f"tensor '{key}' has shape {found}, the metadata ask for {shape}")
+        if present[key].shape != shape:
+            raise ModelError(path, f"tensor '{key}' has shape {present[key].shape}, the metadata ask for {shape}")
         heads = rotary_heads(family, key, config)
         plans.append(TensorPlan(present[key], name, shape, heads, norm_offset(family, key)))
     return plans
@@ -132,7 +128,7 @@ def rotary_rows(rows: int, heads: int) -> np.ndarray:
 
 def read_tensor(path: Path, plan: TensorPlan) -> np.ndarray:
     """The tensor as float32 in Hugging Face's order, `plan.shape`; raises ModelError if it cannot be dequantised."""
-    kind = plan.source.tensor_type
+    kind = plan.source.kind
     try:
         values = gguf.quants.dequantize(plan.source.data, kind)
     except NotImplementedError as error:
