@@ -7,18 +7,17 @@ Text that spells a control token ("<|im_end|>") stays text unless the options sa
 spellings are marked, the marked row is rendered, and only control tokens without a mark are tokens: the template's own.
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from data_tools.chat_template import ChatTemplate
-from data_tools.errors import MAX_ERRORS, DataError, DataErrors, TemplateError, TokenizerError, UserError
-from data_tools.schema import Message, Record, Text
+from data_tools.chat_template import TEMPLATE_DATE, ChatTemplate
+from data_tools.errors import MAX_ERRORS, DataError, DataErrors, UserError
+from data_tools.render import Rendered, render, render_marked, texts_of
+from data_tools.schema import Record
 from data_tools.tokenizer import Tokenizer
-from data_tools.tokenizer_specials import free_mark
 
 OVERLONG = ("drop", "truncate_prompt_left", "truncate_completion")
 SPECIAL_TOKENS = ("text", "control")
@@ -91,6 +90,8 @@ class EncodeReport:
     """Where the first of them is, and what it spells."""
     special_tokens: str = "text"
     """What it was read as."""
+    template_date: str = ""
+    """The day that a template which asks for the date was told; empty if it did not ask."""
 
     def lines(self) -> list[str]:
         """The counts as sentences for a log; what did not happen is left out."""
@@ -105,6 +106,8 @@ class EncodeReport:
             out.append(f"{self.no_bos_unscored} rows have no prompt and no BOS: their first token is not scored")
         if self.special_line is not None:
             out.append(self.special_line)
+        if self.template_date:
+            out.append(f"the chat template asks for the date: it is told {self.template_date}, whatever the day is")
         return out
 
     @property
@@ -116,19 +119,6 @@ class EncodeReport:
         what = "text" if self.special_tokens == "text" else "tokens, as data.special_tokens says"
         spelling = f"{self.special_rows} rows spell special tokens in their text (first: {self.special_first})"
         return f"{spelling}: read as {what}{remedy}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Rendered:
-    """A record as text. Each completion is (text, is it scored) parts that follow one another."""
-
-    record: Record
-    prompt: str
-    completions: tuple[tuple[tuple[str, bool], ...], ...]
-    plain: bool
-    """A row of strings: BOS and EOS are ours to add."""
-    mark: str | None = None
-    """The character that stands in the texts before what only spells a control token."""
 
 
 @dataclass(slots=True)
@@ -153,6 +143,8 @@ def encode_records(
     model without template, UserError when no row is left.
     """
     report = EncodeReport(rows=len(records), special_tokens=options.special_tokens)
+    if template is not None and template.asks_date and any(not isinstance(record.prompt, str) for record in records):
+        report.template_date = f"{TEMPLATE_DATE:%Y-%m-%d}"
     groups: list[Group] = []
     errors: list[DataError] = []
     for start in range(0, len(records), CHUNK):
@@ -160,9 +152,9 @@ def encode_records(
         for record in records[start : start + CHUNK]:
             try:
                 spelled = _spelled_special(record, tokenizer, report)
-                row = _render(record, tokenizer, template)
+                row = render(record, tokenizer, template)
                 if spelled is not None and options.special_tokens == "text":
-                    row = _render_marked(row, spelled, tokenizer, template)
+                    row = render_marked(row, spelled, tokenizer, template)
                 rendered.append(row)
             except DataError as error:
                 _collect(errors, error)
@@ -191,7 +183,7 @@ def _collect(errors: list[DataError], error: DataError) -> None:
 
 def _spelled_special(record: Record, tokenizer: Tokenizer, report: EncodeReport) -> str | None:
     """The first control token that the row's text spells, or None; counts the row."""
-    for text in _texts(record):
+    for text in texts_of(record):
         if (found := tokenizer.spelled_special(text)) is not None:
             report.special_rows += 1
             report.special_first = report.special_first or f"{record.path}:{record.line}, '{found}'"
@@ -199,108 +191,7 @@ def _spelled_special(record: Record, tokenizer: Tokenizer, report: EncodeReport)
     return None
 
 
-def _texts(record: Record) -> Iterator[str]:
-    """Every string of a row that a user wrote."""
-    for text in (record.prompt, *record.completions):
-        yield from (text,) if isinstance(text, str) else (message.content for message in text)
-
-
-def _render_marked(row: _Rendered, spelled: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> _Rendered:
-    """The row with every spelling of a control token marked; the text is the same but for the marks.
-
-    Raises DataError where it is not: the template looks at the spellings or cuts through them.
-    """
-    record = row.record
-    mark = free_mark([*_texts(record), row.prompt, *(part for parts in row.completions for part, _ in parts)])
-
-    def marked(text: Text) -> Text:
-        if isinstance(text, str):
-            return tokenizer.mark_special(text, mark)
-        return tuple(Message(message.role, tokenizer.mark_special(message.content, mark)) for message in text)
-
-    new = replace(record, prompt=marked(record.prompt), completions=tuple(map(marked, record.completions)))
-    try:
-        found = replace(_render(new, tokenizer, template), record=record, mark=mark)
-    except DataError:
-        found = None
-    if found is None or _without(found, mark) != (row.prompt, row.completions):
-        problem = (
-            f"the text spells the control token '{spelled}' and the chat template acts on that; take it out of the"
-        )
-        raise DataError(
-            record.path, record.line, field=None, problem=f"{problem} row, or set data.special_tokens = control"
-        )
-    return found
-
-
-def _without(row: _Rendered, mark: str) -> tuple[str, tuple[tuple[tuple[str, bool], ...], ...]]:
-    parts = tuple(tuple((part.replace(mark, ""), scored) for part, scored in parts) for parts in row.completions)
-    return row.prompt.replace(mark, ""), parts
-
-
-def _render(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) -> _Rendered:
-    if isinstance(record.prompt, str):
-        if tokenizer.eos_id is None:
-            problem = f"no eos_token, which rows of strings must end with (first: {record.path}:{record.line})"
-            raise TokenizerError(tokenizer.path, f"{problem}; set it in tokenizer_config.json")
-        completions = tuple(_one_part(text) for text in record.completions)
-        return _Rendered(record, record.prompt, completions, plain=True)
-    if template is None:
-        problem = f"the model has no chat template, which rows of messages need (first: {record.path}:{record.line})"
-        raise TemplateError(tokenizer.path, f"{problem}; name one with data.chat_template, or give strings")
-    try:
-        prompt = template.render(record.prompt, add_generation_prompt=True)
-        completions = tuple(_render_turns(record, prompt, _turns(text), template) for text in record.completions)
-    except TemplateError as error:
-        raise DataError(record.path, record.line, field=None, problem=str(error)) from None
-    return _Rendered(record, prompt, completions, plain=False)
-
-
-def _render_turns(
-    record: Record, prompt: str, turns: tuple[Message, ...], template: ChatTemplate
-) -> tuple[tuple[str, bool], ...]:
-    """What each turn adds to the text; the assistant's are scored, the user's end in the next generation prompt."""
-    parts: list[tuple[str, bool]] = []
-    done = prompt
-    history = list(_turns(record.prompt))
-    for message in turns:
-        history.append(message)
-        scored = message.role == "assistant"
-        text = template.render(history, add_generation_prompt=not scored)
-        if not text.startswith(done):
-            raise DataError(record.path, record.line, field=None, problem=_divergence(done, text, template, len(turns)))
-        if scored and len(text) == len(done):
-            problem = f"chat template {template.path} prints nothing for the assistant's message"
-            raise DataError(record.path, record.line, field=None, problem=problem)
-        parts.append((text[len(done) :], scored))
-        done = text
-    return tuple(parts)
-
-
-def _one_part(text: Text) -> tuple[tuple[str, bool], ...]:
-    assert isinstance(text, str), "check_record gives prompt and completions one shape"
-    return ((text, True),)
-
-
-def _turns(text: Text) -> tuple[Message, ...]:
-    assert not isinstance(text, str), "check_record gives prompt and completions one shape"
-    return text
-
-
-def _divergence(before: str, after: str, template: ChatTemplate, num_turns: int) -> str:
-    """Where a longer conversation's text stops beginning with the shorter one's, and what to do about it."""
-    at = len(os.path.commonprefix([before, after]))
-    old, new = before[max(at - 20, 0) : at + 20], after[max(at - 20, 0) : at + 20]
-    remedy = "name one that only appends with data.chat_template"
-    if num_turns > 1:
-        remedy += ", or give one row for each assistant turn"
-    return (
-        f"chat template {template.path} changes the text before the answer once the answer is there: "
-        f"{old!r} becomes {new!r} at character {at}; {remedy}"
-    )
-
-
-def _tokenize(rows: list[_Rendered], tokenizer: Tokenizer) -> list[tuple[_Rendered, list[int], list[_Branch]]]:
+def _tokenize(rows: list[Rendered], tokenizer: Tokenizer) -> list[tuple[Rendered, list[int], list[_Branch]]]:
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     prompts = _encode([(row.prompt, row.mark, None) for row in rows], tokenizer)

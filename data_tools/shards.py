@@ -32,7 +32,10 @@ from data_tools import (
     chat_template,
     encode,
     jsonl,
+    render,
     schema,
+    template_filters,
+    template_sandbox,
     tokenizer,
     tokenizer_bytes,
     tokenizer_library,
@@ -63,7 +66,7 @@ MANIFEST = "manifest.json"
 # Modules that decide what a shard holds. Their text is part of the key: new code never opens what old code encoded.
 _ENCODING_MODULES = (
     *(tokenizer, tokenizer_bytes, tokenizer_library, tokenizer_pieces, tokenizer_specials),
-    *(schema, jsonl, chat_template, encode),
+    *(schema, jsonl, chat_template, template_filters, template_sandbox, render, encode),
 )
 _ENCODING_FILES = [__file__, *(module.__file__ for module in _ENCODING_MODULES)]
 
@@ -117,8 +120,7 @@ def open_or_build(
     hashes and tokenizes nothing. Processes that ask for the same shard at once wait for the one that builds it. A
     damaged shard is rebuilt, with a line on stderr.
 
-    Raises UserError: data, tokenizer or template at fault, no row left, or a cache folder that cannot be written. A
-    template that prints today's date gives the text of the day on which the shard was built, for as long as it is kept.
+    Raises UserError: data, tokenizer or template at fault, no row left, or a cache folder that cannot be written.
     """
     cache = Path(cache_dir).expanduser() if cache_dir is not None else user_cache("shards")
     with _cache_errors(cache):

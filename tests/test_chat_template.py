@@ -1,7 +1,6 @@
 """Chat templates: text as transformers renders it, found in the right file, safe, and clear when they fail."""
 
 import re
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -68,9 +67,16 @@ def test_non_ascii_and_html_characters_stay_as_they_are() -> None:
     assert text == '{"role": "user", "content": "سلام <b> \'x\'"}'
 
 
-def test_date_of_today() -> None:
-    text = template("{{ strftime_now('%Y') }}").render(talk("Hi"), add_generation_prompt=True)
-    assert re.fullmatch(r"\d{4}", text) and abs(int(text) - datetime.now().year) <= 1
+def test_the_date_is_the_same_on_every_day() -> None:
+    dated = template("{{ strftime_now('%d %b %Y, %A %H:%M') }}")
+    assert dated.render(talk("Hi"), add_generation_prompt=True) == "26 Jul 2024, Friday 00:00"
+    assert dated.asks_date and not template(CHATML).asks_date
+    assert template("{% if strftime_now is defined %}x{% endif %}").asks_date
+
+
+def test_names_set_in_a_generation_block_stay_in_it() -> None:
+    source = "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}"
+    assert template(source).render(talk("Hi"), add_generation_prompt=True) == "21"
 
 
 def test_where_a_template_is_found(tmp_path: Path) -> None:

@@ -320,6 +320,14 @@ def test_errors_of_templates_name_the_row(chatml: Tokenizer) -> None:
     assert errors_of(rows * 15, chatml, strict).splitlines()[20:] == ["20 errors, the rest was not checked"]
 
 
+def test_a_template_that_asks_for_the_date_is_named(chatml: Tokenizer) -> None:
+    row = record(talk("q"), talk("a", first="assistant"))
+    dated = ChatTemplate("{{ strftime_now('%Y') }}" + CHATML, path=Path("t"), tokens={})
+    line = "the chat template asks for the date: it is told 2024-07-26, whatever the day is"
+    assert encode_records([row], chatml, dated, NO_LIMIT)[1].lines()[-1] == line
+    assert len(encode_records([record("q", "a")], chatml, dated, NO_LIMIT)[1].lines()) == 1
+
+
 def test_a_template_that_drops_the_answer_is_an_error(chatml: Tokenizer) -> None:
     message = errors_of([record(talk("q"), talk("a", first="assistant"))], chatml, "{{ messages[0].content }}")
     assert "prints nothing for the assistant's message" in message
