@@ -2,7 +2,8 @@
 
 The steps are those of a real run (startup, reference cache, optimizer), on the first pairs x steps rows in file order.
 The first step is not counted. Numbers of two machines are never comparable; the GEMM limit measured beside them says
-how fast this one is at this moment. `python -m trainer.bench scaling` is trainer.bench_scaling.
+how fast this one is at this moment. `python -m trainer.bench scaling` is trainer.bench_scaling,
+`predict` trainer.predict.
 
 gflop_floor: what a step cannot do without: 6 x body parameters x unique tokens (forward, and backward twice that),
 6 D V a scored row, and attention over the pairs of tokens that may see each other.
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from data_tools.encode import Group
-from trainer import bench_scaling, numerics
+from trainer import bench_scaling, numerics, predict
 from trainer.batch import scored_tokens
 from trainer.config import Config, load_config
 from trainer.entry import run_command
@@ -69,16 +70,8 @@ def gemm_limit_gflops(dtype: torch.dtype) -> float:
 
 def gflop_floor(run: Run, groups: list[Group], *, score_prompt: bool) -> float:
     """GFLOP that a training step on `groups` needs at least, forward and backward."""
-    model = run.model.config
-    body = sum(parameter.numel() for parameter in run.model.layers.parameters())
-    tokens = sum(len(group.ids) for group in groups)
     scored = sum(scored_tokens(group, score_prompt=score_prompt) for group in groups)
-    visible = 0
-    for group in groups:
-        prompt, *branches = group.lengths
-        visible += prompt * (prompt + 1) // 2 + sum(b * prompt + b * (b + 1) // 2 for b in branches)
-    attention = 12 * model.num_layers * model.num_heads * model.head_dim * visible
-    return (6 * body * tokens + 6 * model.hidden_size * model.vocab_size * scored + attention) / 1e9
+    return predict.flop_floor(run.model.config, [group.lengths for group in groups], scored) / 1e9
 
 
 def bench_config(args: argparse.Namespace, run_dir: str) -> Config:
@@ -176,8 +169,10 @@ def main(argv: list[str]) -> None:
     step.add_argument("--json", help="write the numbers to this file too")
     scaling = commands.add_parser("scaling", help="ranks, saves, the reference pass, a start that finds all cached")
     bench_scaling.add_arguments(scaling)
+    predict.add_arguments(commands.add_parser("predict", help="steps on GPUs that are not here, from published speeds"))
     args = parser.parse_args(argv)
-    numbers = step_bench(args) if args.command == "step" else bench_scaling.scaling_bench(args)
+    work = {"step": step_bench, "scaling": bench_scaling.scaling_bench, "predict": predict.prediction_table}
+    numbers = work[args.command](args)
     for name, value in numbers.items():
         print(f"{name:<34} {value:.4g}" if isinstance(value, float) else f"{name:<34} {value}")
     if args.json:

@@ -237,13 +237,13 @@ def _reference_bytes(model: ModelConfig, config: Config, work: Work, shards: int
         return 0
     if config.reference.mode == "cache":
         return FLOAT32 * work.reference_numbers + ROW_OVERHEAD * work.reference_rows
-    root = _root_and_block(model)[0] if shards else 0
+    root = root_and_block(model)[0] if shards else 0
     shapes = parameter_shapes(model).values()
     held = sum(-(-shape[0] // max(1, shards)) * math.prod(shape[1:]) for shape in shapes)
     return (held + root) * itemsize
 
 
-def _root_and_block(model: ModelConfig) -> tuple[int, int]:
+def root_and_block(model: ModelConfig) -> tuple[int, int]:
     """Numbers in the root's group of FSDP2 (embedding, head where it is not tied, last norm) and in one block's."""
     shapes = parameter_shapes(model)
     blocks = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("layers."))
@@ -259,7 +259,7 @@ def _sharding_bytes(
     beside the flat buffer that they arrive in, while one's gradients are reduced. A reduction needs its input in
     float32, which gloo copies once more, and its result.
     """
-    root, block = _root_and_block(model)
+    root, block = root_and_block(model)
     held_back = 0
     if config.dist.grad_sync == "last" and work.micro_batches > 1:  # whole gradients wait for the last micro-batch
         held_back = FLOAT32 * sum(map(math.prod, parameter_shapes(model).values()))
