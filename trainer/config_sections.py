@@ -1,8 +1,8 @@
 """Every key of a run's configuration with its meaning, default and range. Import it from `trainer.config`.
 
 The string under a field is its documentation: `--help` prints it. Sections check themselves when they are made, so a
-`Config` in hand is a valid one; what one key means for another is checked in `Config`. Imports no torch. One long table:
-it is not cut in files, since it is read as a whole.
+`Config` in hand is a valid one; what one key means for another is checked in `Config`. Imports no torch. One table,
+which is read as a whole and not cut in files.
 """
 
 import re
