@@ -89,10 +89,10 @@ def predict(
     """A step of `micro_batches` micro-batches on each of `ranks`, each of so many pairs of these lengths in tokens."""
     group, scored = (prompt, completion, completion), 2 * completion * pairs
     flop = flop_floor(model, [group] * pairs, scored)
-    head = 2 * model.hidden_size * model.vocab_size * scored
-    again = head if not config.kernels.stash else 0  # logits once more in the backward
+    head = 2.0 * model.hidden_size * model.vocab_size * scored
+    again = 0.0 if config.kernels.stash else head  # logits once more in the backward
     if config.train.activation_checkpointing == "full":
-        again += (flop - 3 * head) / 3
+        again += (flop - 3 * head) / 3  # blocks: the forward once more
     shards = ranks // config.dist.replicas
     root, block = root_and_block(model)
     numbers = root + block * model.num_layers
@@ -141,7 +141,8 @@ def prediction_table(args: argparse.Namespace) -> dict[str, object]:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0 and at most 1")
     if min(args.pairs, args.prompt, args.completion, args.micro_batches, *args.ranks) < 1:
         raise UserError("numbers of pairs, tokens, micro-batches and ranks must be 1 or more")
-    model, numbers = ModelConfig.from_folder(args.model), {}
+    model = ModelConfig.from_folder(args.model)
+    numbers: dict[str, object] = {}
     for ranks in args.ranks:
         nodes = ranks // H100.node if ranks % H100.node == 0 else 1
         for replicas in sorted({1, nodes}):
