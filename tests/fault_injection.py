@@ -115,8 +115,9 @@ class Injection:
     def _check_where_it_began(self) -> None:
         text = self.log.read_text(encoding="utf-8", errors="replace")
         said = next((line for line in text.splitlines() if line.startswith("resuming from")), None)
-        if said is not None:  # it was not killed before
-            assert self._expected is not None and said.startswith(self._expected), (said, self._expected)
+        # None: it was killed before, or began with nothing, from where torchrun may have started it again
+        if said is not None and self._expected is not None:
+            assert said.startswith(self._expected), (said, self._expected)
         assert "passed over" not in text and "differs" not in text, text
 
 

@@ -37,7 +37,7 @@ def assert_same_curve(found: Path, wanted: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        (2, ("dist.grad_sync=last", "train.activation_checkpointing=full")),
+        (2, ("dist.grad_sync=last", "train.activation_checkpointing=full", "dist.cpu_offload=true")),
         (4, ()),
         (4, ("dist.replicas=2", "reference.mode=model")),
         (3, ("dist.strategy=replicas",)),

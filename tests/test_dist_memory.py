@@ -158,3 +158,29 @@ def test_four_ranks_hold_a_quarter_and_little_more(dtype: str, deep_model: Path,
     assert four.peak <= 0.4 * one.peak
     for reading in (one, four):
         assert reading.planned == pytest.approx(reading.peak, rel=0.2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (1, ("train.dtype=float32",)),
+        (1, ("train.dtype=float32", "train.activation_checkpointing=full")),
+        (1, ("train.dtype=bf16",)),
+        (1, ("train.dtype=bf16", "train.activation_checkpointing=full")),
+        (2, ("train.dtype=float32", "dist.grad_sync=last")),
+        (2, ("train.dtype=bf16", "train.activation_checkpointing=full")),
+        (4, ("train.dtype=bf16", "train.activation_checkpointing=full")),
+    ],
+    ids=lambda value: "-".join(item.rpartition("=")[2] for item in value) if isinstance(value, tuple) else str(value),
+)
+def test_the_plan_is_within_a_fifth_of_resident_memory(
+    ranks: int, settings: tuple[str, ...], smollm2_dir: Path, tmp_path: Path
+) -> None:
+    write_pairs(tmp_path / "pairs.jsonl", 400)
+    given = ("train.tokens_per_microbatch=900", "train.learning_rate=1e-6", *settings)
+    reading = read_ranks(read_resident_bytes, ranks, tmp_path, smollm2_dir, *given)
+    print(
+        f"resident {ranks} {' '.join(settings)}: {reading.peak / 2**20:.0f} MiB, planned {reading.planned / 2**20:.0f}"
+    )
+    assert reading.planned == pytest.approx(reading.peak, rel=0.2)
