@@ -83,11 +83,15 @@ def count_bytes(argv: list[str], out: Path, environment: dict[str, str]) -> None
 
 
 def test_bytes_sent_are_those_of_a_real_step(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """bf16, full activation checkpointing, two micro-batches of a pair on each of two ranks, every one reduced."""
+    """bf16, full activation checkpointing, two micro-batches of a pair on each of two ranks, every one reduced.
+
+    The frozen reference is sharded too: its blocks are gathered once a micro-batch, its embedding and head only before
+    the first step.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = ("train.objective=simpo", "train.tokens_per_microbatch=1", "train.dtype=bf16")
+    settings = ("reference.mode=model", "train.tokens_per_microbatch=1", "train.dtype=bf16")
     argv = arguments(tmp_path / "run", tiny_model_dir, *settings, "train.activation_checkpointing=full")
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [start_function(count_bytes, argv, tmp_path / f"o{rank}", common | {"RANK": str(rank)}) for rank in (0, 1)]
@@ -96,6 +100,7 @@ def test_bytes_sent_are_those_of_a_real_step(tiny_model_dir: Path, tmp_path: Pat
     assert [process.exitcode for process in ranks] == [0, 0]
     model = ModelConfig.from_folder(tiny_model_dir)
     found = json.loads((tmp_path / "o0").read_text())
+    of_reference = 2 * model.num_layers * root_and_block(model)[1]
     # rows are rounded up to whole ones for each rank
-    assert found["gathered"] == pytest.approx(2 * gathered_bytes(model), rel=0.01)
+    assert found["gathered"] == pytest.approx(2 * (gathered_bytes(model) + of_reference), rel=0.01)
     assert found["reduced"] == pytest.approx(2 * reduced_bytes(model), rel=0.01)
