@@ -70,9 +70,10 @@ class ChatTemplate:
 
 
 def load_chat_template(model_dir: str | Path, override: str | Path | None = None) -> ChatTemplate | None:
-    """The template in file `override`, else the model's: `chat_template.jinja`, then `tokenizer_config.json`.
+    """The template in file `override`, else the model's, None where it has none.
 
-    None where the model has none. Raises TemplateError for files that cannot be read or templates that do not parse.
+    That is the first of `chat_template.jinja`, `tokenizer_config.json` and `chat_template.json`; of named templates the
+    one called `default`. Raises TemplateError for files that cannot be read or templates that do not parse.
     """
     folder = Path(model_dir)
     found = _read_template(Path(override)) if override is not None else _find_template(folder)
@@ -85,13 +86,15 @@ def load_chat_template(model_dir: str | Path, override: str | Path | None = None
 def _find_template(folder: Path) -> tuple[str, Path] | None:
     if (folder / "chat_template.jinja").exists():
         return _read_template(folder / "chat_template.jinja")
-    path = folder / "tokenizer_config.json"
-    template = read_json(path).get("chat_template")
-    if isinstance(template, list):
-        template = _default_of(template, path)
-    if template is not None and not isinstance(template, str):
-        raise TemplateError(path, "'chat_template' must be a string or a list of named templates")
-    return None if template is None else (template, path)
+    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        template = read_json(path).get("chat_template")
+        if isinstance(template, list):
+            template = _default_of(template, path)
+        if template is not None and not isinstance(template, str):
+            raise TemplateError(path, "'chat_template' must be a string or a list of named templates")
+        if template is not None:
+            return template, path
+    return None
 
 
 def _default_of(templates: list[object], path: Path) -> object:

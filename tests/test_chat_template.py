@@ -1,15 +1,18 @@
 """Chat templates: text as transformers renders it, found in the right file, safe, and clear when they fail."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from template_fixtures import CONVERSATIONS, FAMILIES, FEATURES
 from text_fixtures import CHATML, WITH_BOS, byte_level_folder, sentencepiece_folder, talk, write_config
+from tokenizer_parity import template_rows
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from data_tools.chat_template import ChatTemplate, load_chat_template
+from data_tools.chat_template import TEMPLATE_DATE, ChatTemplate, load_chat_template
 from data_tools.errors import TemplateError, UserError
 from data_tools.schema import Message
 
@@ -96,6 +99,42 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
     own = tmp_path / "own.jinja"
     own.write_text("own {{ messages[0].content }} {{ bos_token }}", encoding="utf-8")
     assert text(own) == "own Hi <s>"
+
+
+def test_a_processors_file_is_read_last(tmp_path: Path) -> None:
+    folder = byte_level_folder(tmp_path, chat_template=None)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "from json"}), encoding="utf-8")
+    found = load_chat_template(folder)
+    assert found is not None and found.path.name == "chat_template.json"
+    assert found.render(talk("Hi"), add_generation_prompt=True) == "from json"
+    write_config(folder, chat_template="from config")
+    found = load_chat_template(folder)
+    assert found is not None and found.path.name == "tokenizer_config.json"
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "a list of named templates", "chat_template.jinja"])
+def test_a_folder_renders_as_transformers_loads_it(tmp_path: Path, place: str) -> None:
+    from transformers import AutoTokenizer  # slow to import, needed here only
+
+    family = FAMILIES["Llama 3"]
+    named = [{"name": "default", "template": family.template}, {"name": "rag", "template": "no"}]
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    inside = {"tokenizer_config.json": family.template, "chat_template.jinja": "no"}.get(place, named)
+    folder = byte_level_folder(tmp_path, chat_template=inside, **settings)
+    if place == "chat_template.jinja":
+        (folder / place).write_text(family.template, encoding="utf-8", newline="")
+    ours, theirs = load_chat_template(folder), AutoTokenizer.from_pretrained(folder)
+    messages = CONVERSATIONS["system"]
+    rows = [{"role": message.role, "content": message.content} for message in messages]
+    text = theirs.apply_chat_template(rows, tokenize=False, day=TEMPLATE_DATE.strftime("%d %b %Y"))
+    assert ours is not None and ours.render(messages, add_generation_prompt=False) == text
+    assert "Today Date: 26 Jul 2024" in text and text.startswith("<s>")
+
+
+def test_every_row_of_the_template_table_is_equal() -> None:
+    rows = list(template_rows())
+    assert len(rows) == len(FAMILIES) + len(FEATURES)
+    assert [row for row in rows if not row.all_equal] == []
 
 
 def test_a_model_without_template_has_none(tmp_path: Path) -> None:

@@ -11,11 +11,19 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, tzinfo
 from pathlib import Path
+from unittest import mock
+
+import tokenizers
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from template_fixtures import CONVERSATIONS, FAMILIES, FEATURES
+
+from data_tools.chat_template import TEMPLATE_DATE, ChatTemplate
+from data_tools.errors import TemplateError
 from data_tools.tokenizer import load_tokenizer
 
 SHARED = Path(os.environ.get("LOGRATIO_SHARED", Path(__file__).parent.parent.parent / "shared"))
@@ -72,6 +80,51 @@ def token_id_rows(root: Path = TOKENIZERS) -> Iterator[Row]:
         yield token_id_row(name, root)
 
 
+def template_row(name: str, source: str, tokens: dict[str, str]) -> Row:
+    """One template: every conversation, with and without generation prompt, as text or refused by both."""
+    template = ChatTemplate(source, path=Path(name), tokens=tokens)
+    compared = equal = refused = 0
+    for messages in CONVERSATIONS.values():
+        for prompt in (False, True):
+            rows = [{"role": message.role, "content": message.content} for message in messages]
+            theirs = render_as_transformers(source, rows, prompt, tokens)
+            try:
+                ours = template.render(messages, add_generation_prompt=prompt)
+            except TemplateError:
+                ours = None
+            compared += 1
+            equal += ours == theirs
+            refused += theirs is None
+    return Row(name, compared, equal, f"of them refused by both: {refused}" if refused else "")
+
+
+def template_rows() -> Iterator[Row]:
+    """The second table: the families, then what templates use of jinja2."""
+    for name, family in FAMILIES.items():
+        yield template_row(name, family.template, family.tokens)
+    for name, source in FEATURES.items():
+        yield template_row(name, source, FAMILIES["Llama 2"].tokens)
+
+
+def render_as_transformers(source: str, rows: list[dict[str, str]], prompt: bool, tokens: dict[str, str]) -> str | None:
+    """Its text, None where it raises; on the day that our templates are told."""
+    from transformers import PreTrainedTokenizerFast  # slow to import, needed here only
+    from transformers.utils import chat_template_utils
+
+    class FixedDay(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return TEMPLATE_DATE
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()))
+    options = {"tokenize": False, "add_generation_prompt": prompt, **tokens}
+    with mock.patch.object(chat_template_utils, "datetime", FixedDay):
+        try:
+            return tokenizer.apply_chat_template(rows, chat_template=source, **options)  # type: ignore[return-value]
+        except Exception:  # a template is a program: it may raise anything
+            return None
+
+
 def _reference_rows(root: Path) -> list[dict[str, object]]:
     with open(root / "reference_ids.jsonl", encoding="utf-8") as file:
         return list(map(json.loads, file))
@@ -90,10 +143,13 @@ def print_table(title: str, rows: Iterator[Row]) -> bool:
 
 def main() -> int:
     """Both tables; 0 where all is equal, else 1."""
+    good = True
     if TOKENIZERS.is_dir():
-        return int(not print_table("token ids beside the library in the last column", token_id_rows()))
-    print(f"token ids: skipped, no reference ids at {TOKENIZERS}")
-    return 0
+        good = print_table("token ids beside the library in the last column", token_id_rows())
+    else:
+        print(f"token ids: skipped, no reference ids at {TOKENIZERS}\n")
+    good &= print_table("rendered chats beside transformers", template_rows())
+    return int(not good)
 
 
 if __name__ == "__main__":
