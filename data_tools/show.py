@@ -14,6 +14,7 @@ from data_tools.encode import SPECIAL_TOKENS, EncodeOptions, Group, encode_recor
 from data_tools.errors import UserError
 from data_tools.jsonl import iter_jsonl
 from data_tools.schema import Record, check_record
+from data_tools.template_check import check_template
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 
 SCORED, CONTEXT, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -109,6 +110,8 @@ def _show(args: argparse.Namespace) -> None:
     color = sys.stdout.isatty() and not args.no_color
     for group in groups:
         print(describe_group(group, tokenizer, color), end="\n\n")
+    if template is not None:
+        print("\n".join(f"template: {line}" for line in check_template(template, tokenizer).lines()))
     print("\n".join(report.lines()))
 
 

@@ -66,6 +66,11 @@ def test_a_pair_by_hand(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         "]]",
         "end-of-turn token trained: yes (<|im_end|>)",
         "",
+        "template: prompt and answer make the whole text: yes",
+        "template: longer conversations begin with the shorter one's text and tokens: yes",
+        "template: end-of-turn token trained: yes (<|im_end|>)",
+        "template: BOS: none",
+        "template: a system message is printed",
         f"1 of 1 rows kept, longest {lengths[0] + max(lengths[1:])} tokens",
     ]
 
