@@ -20,6 +20,7 @@ import torch
 from kernels.linear_logps_plan import SLAB
 from kernels.vocabulary_slabs import KEPT_SHARE, SLAB_COLUMNS, cut_slabs, make_room
 from trainer.config import Config
+from trainer.lora_memory import adapter_sizes
 from trainer.models.attention import BATCH_SCORES
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import SHAPE_STEP, Decoder
@@ -56,7 +57,7 @@ class MemoryPlan:
     """Bytes of one rank. `peak` is not their sum: not all are there at the same moment."""
 
     parameters: int
-    """Masters, or this rank's rows of them, and the working copies."""
+    """Masters, or this rank's rows of them, the working copies, and what is frozen."""
     gradients: int
     """The float32 gradients that a step ends with."""
     optimizer: int
@@ -85,7 +86,8 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def num_shards(config: Config, world_size: int) -> int:
     """Ranks that hold one copy of the model between them; 0: the model is not sharded (as `startup.is_sharded`)."""
     strategy = config.dist.strategy
-    if strategy == "replicas" or (strategy == "auto" and world_size == 1):
+    whole = world_size == 1 or config.model.quantise != "none"
+    if strategy == "replicas" or (strategy == "auto" and whole):
         return 0
     return world_size // config.dist.replicas
 
@@ -183,6 +185,16 @@ def plan_memory(
     head_kept = head_kept_bytes(model, work.scored, itemsize=itemsize, stash=config.kernels.stash, triton=on_gpu)
     head_works = head_working_bytes(model, work.scored, itemsize=itemsize, triton=on_gpu)
     head_gradient = model.vocab_size * model.hidden_size * itemsize
+    dequantised = 0
+    if config.lora.enabled:
+        sizes = adapter_sizes(model, config, shards)
+        added = tokens * sizes.kept * itemsize
+        states += added * (model.num_layers if how == "none" else 0)
+        again += added if how != "none" else 0
+        # a frozen head keeps the gradient of its states, in float32, and no slab
+        head_kept = _padded(work.scored) * model.hidden_size * (2 * itemsize + FLOAT32)
+        head_gradient = 0
+        dequantised = sizes.dequantised * (2 * FLOAT32 + itemsize)  # values, what they are made from, in this dtype
     # of tied weights, the head's gradient waits for the embedding's rows to the end of the backward
     waits = head_gradient if model.tie_word_embeddings else 0
     block_works = again + block_working_bytes(model, work.tokens, itemsize=itemsize, form=form)
@@ -191,7 +203,7 @@ def plan_memory(
     early = gradients if work.micro_batches > 1 or stays["working_copies"] else 0
     moments = [
         early + states + head_kept + head_works + head_gradient,
-        early + states + waits + block_works,
+        early + states + waits + block_works + dequantised,
         gradients + head_gradient,  # or an untied embedding's, which is as large
     ]
     gathered = 0
@@ -200,7 +212,8 @@ def plan_memory(
         moments, gathered = [moment + more for moment, more in zip(moments, extra, strict=True)], max(extra)
     reference = _reference_bytes(model, config, work, shards, itemsize)
     snapshot = stays["masters"] + stays["optimizer"] if config.checkpoint.asynchronous else 0
-    peak = stays["masters"] + stays["working_copies"] + stays["optimizer"] + max(moments)
+    parameters = stays["frozen"] + stays["masters"] + stays["working_copies"]
+    peak = parameters + stays["optimizer"] + max(moments)
     if on_gpu and shards and config.dist.cpu_offload:
         peak -= stays["masters"] + stays["optimizer"] + early
     if on_gpu:
@@ -208,7 +221,6 @@ def plan_memory(
     else:
         peak += SHARDED_HEAP if shards else round(HEAP_HOLES * peak)
         peak += reference + snapshot
-    parameters = stays["masters"] + stays["working_copies"]
     return MemoryPlan(
         parameters, gradients, stays["optimizer"], states + again, head_kept + head_works + head_gradient, gathered,
         reference, snapshot, peak,
@@ -220,9 +232,14 @@ def _staying_bytes(model: ModelConfig, config: Config, shards: int) -> dict[str,
     masters, gradients, moments. A rank's rows of each tensor are rounded up, as FSDP2 pads them."""
     shapes = parameter_shapes(model).values()
     held = sum(-(-shape[0] // max(1, shards)) * math.prod(shape[1:]) for shape in shapes)
+    trained, frozen = sum(map(math.prod, shapes)), 0
+    if config.lora.enabled:
+        sizes = adapter_sizes(model, config, shards)
+        held, trained, frozen = sizes.own, sizes.whole, sizes.frozen
     each = 2 if config.train.dtype == "pure_bf16" else FLOAT32
-    copies = 2 * sum(map(math.prod, shapes)) if config.train.dtype == "bf16" and not shards else 0
+    copies = 2 * trained if config.train.dtype == "bf16" and not shards else 0
     return {
+        "frozen": frozen,
         "masters": held * each,
         "working_copies": copies,
         "gradients": held * each,
@@ -235,6 +252,8 @@ def _reference_bytes(model: ModelConfig, config: Config, work: Work, shards: int
     not drop the root's weights after a forward pass."""
     if config.train.objective != "dpo":
         return 0
+    if config.reference.mode == "model" and config.lora.enabled and config.reference.path is None:
+        return 0  # the policy itself
     if config.reference.mode == "cache":
         return FLOAT32 * work.reference_numbers + ROW_OVERHEAD * work.reference_rows
     root = root_and_block(model)[0] if shards else 0
@@ -260,6 +279,11 @@ def _sharding_bytes(
     float32, which gloo copies once more, and its result.
     """
     root, block = root_and_block(model)
+    if config.lora.enabled:  # gathered in the compute dtype; the gradients of adapters are small
+        whole = FLOAT32 * adapter_sizes(model, config, shards).whole
+        late = whole if config.dist.grad_sync == "last" and work.micro_batches > 1 else 0
+        blocks = 3 * block * itemsize + 3 * whole // model.num_layers
+        return root * itemsize + late, root * itemsize + blocks + late, root * itemsize + late
     held_back = 0
     if config.dist.grad_sync == "last" and work.micro_batches > 1:  # whole gradients wait for the last micro-batch
         held_back = FLOAT32 * sum(map(math.prod, parameter_shapes(model).values()))
