@@ -29,5 +29,6 @@ setup(
         "test": ["pytest", "hypothesis", "ruff", "mypy", "transformers", "peft", "protobuf", "scikit-learn", "httpx"],
         "plots": ["matplotlib", "tensorboard"],
         "endpoints": ["httpx"],
+        "qlora": ["bitsandbytes"],
     },
 )

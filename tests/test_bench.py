@@ -53,6 +53,16 @@ def test_flop_floor_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
     visible += sum(length * prompt + length * (length + 1) / 2 for length in (chosen, rejected))
     flop = 6 * 2 * layer * (prompt + chosen + rejected) + 6 * 64 * 300 * (chosen + rejected) + 12 * 2 * 4 * 16 * visible
     assert numbers["gflop_floor"] == pytest.approx(flop / 1e9)
+    # with adapters, neither the layers' weights nor the head get a gradient
+    low = run_bench(tiny_model_dir, tmp_path, "--dtype", "float32", "--pairs", "1", "--steps", "2", "--lora", "4")
+    adapters = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    assert low["trained_parameters"] == adapters and numbers["lora_r"] == 0
+    scored, tokens = chosen + rejected, prompt + chosen + rejected
+    products = 4 * (2 * layer * tokens + 64 * 300 * scored) + 6 * adapters * tokens
+    assert low["gflop_floor"] == pytest.approx((products + 12 * 2 * 4 * 16 * visible) / 1e9)
+    base = 300 * 64 * 2 + 2 * layer + 64
+    assert numbers["weights_mib"] == pytest.approx(12 * base / 2**20, rel=0.01)
+    assert low["weights_mib"] == pytest.approx((4 * base + 12 * adapters) / 2**20, rel=0.01)
 
 
 @pytest.mark.parametrize(

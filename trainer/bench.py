@@ -5,8 +5,9 @@ The first step is not counted. Numbers of two machines are never comparable; the
 how fast this one is at this moment. `python -m trainer.bench scaling` is trainer.bench_scaling,
 `predict` trainer.predict.
 
-gflop_floor: what a step cannot do without: 6 x body parameters x unique tokens (forward, and backward twice that),
-6 D V a scored row, and attention over the pairs of tokens that may see each other.
+gflop_floor: what a step cannot do without: 6 x body parameters x unique tokens (forward, and backward twice that; 4 x
+where they are frozen under adapters), 6 D V (4 D V) a scored row, and attention over the pairs of tokens that may see
+each other.
 """
 
 import argparse
@@ -71,7 +72,16 @@ def gemm_limit_gflops(dtype: torch.dtype) -> float:
 def gflop_floor(run: Run, groups: list[Group], *, score_prompt: bool) -> float:
     """GFLOP that a training step on `groups` needs at least, forward and backward."""
     scored = sum(scored_tokens(group, score_prompt=score_prompt) for group in groups)
-    return predict.flop_floor(run.model.config, [group.lengths for group in groups], scored) / 1e9
+    adapters = sum(master.numel() for master in run.masters.masters) if run.config.lora.enabled else 0
+    lengths = [group.lengths for group in groups]
+    return predict.flop_floor(run.model.config, lengths, scored, adapters=adapters) / 1e9
+
+
+def weights_mib(run: Run) -> float:
+    """MiB of weights, packed weights, masters and moments."""
+    moments = [value for state in run.optimizer.state.values() for value in state.values()]
+    tensors = [*run.model.parameters(), *run.model.buffers(), *run.masters.masters, *moments]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()) / 2**20
 
 
 def bench_config(args: argparse.Namespace, run_dir: str) -> Config:
@@ -92,6 +102,12 @@ def bench_config(args: argparse.Namespace, run_dir: str) -> Config:
         f"--run.dir={run_dir}",
         "--run.device=cpu",  # so are the GEMM limit and the peak of memory
     ]
+    if args.lora:
+        argv.append(f"--lora.r={args.lora}")
+    if args.quantise != "none":
+        argv.append(f"--model.quantise={args.quantise}")
+    if args.gguf:
+        argv.append(f"--model.gguf={args.gguf}")
     if args.threads is not None:
         argv.append(f"--run.threads={args.threads}")
     if args.objective == "dpo":
@@ -128,6 +144,10 @@ def step_bench(args: argparse.Namespace) -> dict[str, object]:
     return {
         "objective": args.objective,
         "dtype": args.dtype,
+        "lora_r": args.lora,
+        "quantise": args.quantise,
+        "trained_parameters": sum(master.numel() for master in run.masters.masters),
+        "weights_mib": weights_mib(run),
         "pairs": args.pairs,
         "counted_steps": args.steps - 1,
         "threads": torch.get_num_threads(),
@@ -158,6 +178,9 @@ def main(argv: list[str]) -> None:
     step.add_argument("--objective", default="dpo", choices=["dpo", "orpo", "simpo", "sft"])
     step.add_argument("--dtype", default="bf16", choices=["float32", "bf16", "pure_bf16"])
     step.add_argument("--reference", default="cache", choices=["cache", "model"], help="ignored but for dpo")
+    step.add_argument("--lora", type=int, default=0, metavar="R", help="adapters of rank R; 0: all weights are trained")
+    step.add_argument("--quantise", default="none", choices=["none", "nf4", "gguf"], help="as model.quantise")
+    step.add_argument("--gguf", metavar="FILE", help="as model.gguf")
     step.add_argument("--pairs", type=int, default=4, help="pairs a step")
     step.add_argument("--steps", type=int, default=6, help="steps, the first of which is not counted")
     step.add_argument("--max-length", type=int, default=512, help="longer completions are cut")

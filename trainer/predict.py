@@ -59,15 +59,19 @@ class Prediction:
         return max(self.compute_s, self.links_s), self.compute_s + self.links_s
 
 
-def flop_floor(model: ModelConfig, lengths: Sequence[Sequence[int]], scored: int) -> float:
-    """FLOP of forward and backward that no step on groups of these branch lengths can do without (trainer.bench)."""
+def flop_floor(model: ModelConfig, lengths: Sequence[Sequence[int]], scored: int, *, adapters: int = 0) -> float:
+    """FLOP of forward and backward that no step on groups of these branch lengths can do without (trainer.bench).
+
+    adapters: numbers of the adapters that are trained in place of the weights, which then get no gradient; 0: none.
+    """
     tokens, visible = 0, 0
     for prompt, *branches in lengths:
         tokens += prompt + sum(branches)
         visible += prompt * (prompt + 1) // 2 + sum(b * prompt + b * (b + 1) // 2 for b in branches)
     attention = 12 * model.num_layers * model.num_heads * model.head_dim * visible
-    body = root_and_block(model)[1] * model.num_layers
-    return 6 * body * tokens + 6 * model.hidden_size * model.vocab_size * scored + attention
+    body, each = root_and_block(model)[1] * model.num_layers, 4 if adapters else 6
+    products = each * (body * tokens + model.hidden_size * model.vocab_size * scored)
+    return products + 6 * adapters * tokens + attention
 
 
 def gathered_bytes(model: ModelConfig) -> int:
@@ -101,8 +105,8 @@ def predict(
     reductions = micro_batches if config.dist.grad_sync == "every" else 1
     sent = micro_batches * gathered_bytes(model) + reductions * reduced_bytes(model)
     links_s = _ring_s(sent, shards, machine)
-    if config.dist.replicas > 1:  # each rank's rows of the gradients, summed over the copies: there and back
-        across = 2 * reductions * reduced_bytes(model) / shards * (config.dist.replicas - 1) / config.dist.replicas
+    if config.dist.replicas > 1:  # once a step, each rank's rows of the gradients over the copies: there and back
+        across = 2 * reduced_bytes(model) / shards * (config.dist.replicas - 1) / config.dist.replicas
         links_s += across / (machine.outer_s if ranks > machine.node else machine.inner_s)
     work = Work(sum(group) * pairs, scored, micro_batches)
     memory = plan_memory(model, config, work, ranks, on_gpu=True, form="flex").peak
