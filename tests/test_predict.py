@@ -13,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from trainer import bench, dist, numerics, predict
 from trainer.config import load_config
+from trainer.config_sections import Config, DataConfig, DistConfig
+from trainer.config_sections import ModelConfig as ModelSection
 from trainer.entry import exit_code
 from trainer.loop import train_step
 from trainer.memory_plan import root_and_block
@@ -40,6 +42,18 @@ def test_seconds_on_links_by_hand() -> None:
     slow = predict.Machine(flop_s=1, memory_s=1, inner_s=450e9, outer_s=5e9, node=8)
     assert predict._ring_s(gigabyte, 16, slow) == pytest.approx(1 / 2 / 40)
     assert predict._ring_s(gigabyte, 32, slow) == pytest.approx(3 / 4 / 40)
+
+
+def test_copies_of_the_shards_exchange_gradients_once_a_step() -> None:
+    """16 ranks with a copy a node: in the node as 8 ranks do, then a rank's rows there and back, half each way's."""
+
+    def links_s(ranks: int, replicas: int) -> float:
+        config = Config(model=ModelSection(path="m"), data=DataConfig(train=("d",)), dist=DistConfig(replicas=replicas))
+        return predict.predict(TINY, config, 1, 3, 2, micro_batches=4, ranks=ranks, share=1.0, link_share=1.0).links_s
+
+    inner = 4 * (gathered_bytes(TINY) + reduced_bytes(TINY)) * 7 / 8 / 450e9
+    assert links_s(8, 1) == pytest.approx(inner)
+    assert links_s(16, 2) == pytest.approx(inner + 2 * reduced_bytes(TINY) / 8 / 2 / 50e9)
 
 
 def test_the_command_gives_both_bounds(

@@ -199,6 +199,7 @@ def _forward_and_backward(run: Run, indices: Sequence[int]) -> tuple[dict[str, f
         if run.masters.sharded:
             last = number == len(micro_batches) - 1
             run.model.set_requires_gradient_sync(last or run.config.dist.grad_sync == "every")
+            run.model.set_requires_all_reduce(last)  # between copies of the shards, once a step is enough
         if not members:  # a rank without a group in this round still takes part in what all ranks do together
             _idle_micro_batch(run, check_start=check_start)
         else:
