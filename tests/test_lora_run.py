@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_fixtures import HELD_OUT, OWN_PAIRS, arguments, rows, run_child, run_here, run_ranks, tensors
+from run_fixtures import HELD_OUT, OWN_PAIRS, arguments, contents, rows, run_child, run_here, run_ranks, tensors
 from safetensors.torch import load_file
 
+from trainer import merge, reference
+from trainer.entry import exit_code
 from trainer.metrics import read_metrics
 
 LORA = ("lora.r=4", "lora.alpha=8", "train.learning_rate=1e-2")
@@ -104,6 +106,10 @@ def test_cache_files(trained: Path, tiny_model_dir: Path, tmp_path: Path) -> Non
     assert files("new", *LORA) == full
     on = files("on", f"lora.adapter={trained / 'adapter'}")
     assert len(on) == 2 and full < on
+    (own,) = (tmp_path / "cache" / name for name in on - full)
+    check = ["--check", str(own), "--model", str(tiny_model_dir), "--data", str(OWN_PAIRS)]
+    assert exit_code(reference.main, check) == 2
+    assert exit_code(reference.main, [*check, "--adapter", str(trained / "adapter")]) == 0
 
 
 @pytest.mark.parametrize("extra", [(), ("lora.dropout=0.2",), ("lora.use_dora=true", "train.dtype=bf16")])
@@ -146,6 +152,19 @@ def test_activation_checkpointing_changes_nothing(
     argv = arguments(tmp_path / "run", tiny_model_dir, *LORA, f"train.activation_checkpointing={how}")
     assert run_here(argv) == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(trained), rel=1e-6)
+
+
+def test_the_merge_command_writes_what_the_run_did(
+    trained: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model", str(tiny_model_dir), "--adapter", str(trained / "adapter"), "--out", str(tmp_path / "out")]
+    assert exit_code(merge.main, argv) == 0
+    assert contents(tmp_path / "out") == contents(trained / "export")
+    assert exit_code(merge.main, argv) == 2
+    assert "exists already" in capsys.readouterr().err
+    argv[1], argv[-1] = str(trained / "adapter"), str(tmp_path / "other")
+    assert exit_code(merge.main, argv) == 2
+    assert "neither model.safetensors" in capsys.readouterr().err
 
 
 def test_settings_are_checked_before_training(

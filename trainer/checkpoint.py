@@ -1,6 +1,7 @@
 """Save and resume a run: plain safetensors and a manifest, no pickle.
 
-    step_N/model.safetensors       float32 master weights (the weights themselves in pure bf16), Hugging Face names
+    step_N/model.safetensors       float32 master weights (the weights themselves in pure bf16), Hugging Face names;
+                                   with adapters, those alone (`model.layers.0.self_attn.q_proj.lora_A`)
            optimizer.safetensors   exp_avg.<name>, exp_avg_sq.<name>, step.<name>
            manifest.json           written last: the commit mark; step, digests, config, choices, every file's sha256
 
@@ -10,7 +11,7 @@ optimizer-00001-of-0000n.safetensors; whatever wrote a checkpoint, any number of
 Written to `step_N.tmp`, then renamed. Tensors are streamed one at a time, so a save needs no second copy of weights or
 optimizer. torch's HuggingFaceStorageWriter makes the same kind of file but builds each file in memory first;
 HuggingFaceStorageReader reads these (tests/test_checkpoint.py). There is no state of random numbers to keep, on a CPU
-or a GPU: no step draws one.
+or a GPU: what adapters drop follows from seed, step, micro-batch and rank (lora.Dropout), nothing else is drawn.
 """
 
 import hashlib

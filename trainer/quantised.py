@@ -152,7 +152,8 @@ def pack_linears(model: Decoder) -> None:
 
 def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers with a packed weight, or room for one, by their names in the model."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "packed")}
+    linears = (item for item in model.named_modules() if isinstance(item[1], nn.Linear))
+    return {name: module for name, module in linears if hasattr(module, "packed")}
 
 
 Tensors = Iterator[tuple[Path, str, Tensor]]

@@ -9,6 +9,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,13 @@ from trainer import dist, numerics
 from trainer.config_sections import DataConfig, section_defaults
 from trainer.entry import run_command
 from trainer.errors import RunError, UserError
+from trainer.lora import add_lora
+from trainer.lora_files import adapter_digest, load_adapter, read_settings
 from trainer.models.attention_form import choose_form
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
-from trainer.reference_cache import Header, differing_fields, read_cache_file, row_keys, weights_digest
+from trainer.reference_cache import FORMAT, Header, differing_fields, read_cache_file, row_keys, weights_digest
 from trainer.reference_pass import score_batch
 from trainer.startup import check_vocabulary
 
@@ -50,6 +53,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.reference", description=__doc__, allow_abbrev=False)
     parser.add_argument("--check", required=True, type=Path, metavar="FILE", help="the cache file")
     parser.add_argument("--model", metavar="DIR", help="Hugging Face folder of the reference")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter of the reference, where a run went on from one")
     parser.add_argument("--data", nargs="+", metavar="F", help="JSON Lines files of pairs (.gz too)")
     parser.add_argument("--max-length", type=int, default=data["max_length"], help="as data.max_length of the run")
     parser.add_argument("--overlong", choices=OVERLONG, default=data["overlong"], help="as data.overlong of the run")
@@ -65,13 +69,13 @@ def main(argv: list[str]) -> None:
     for line in describe(args.check, header, rows):
         print(line)
     if args.model:
-        check_weights(args.check, header, args.model)
+        check_weights(args.check, header, args.model, args.adapter)
         print(f"model {args.model}: its weights made this file")
     if args.data:
         options = EncodeOptions("pair", args.max_length, args.overlong, args.chat_template, args.special_tokens)
         held = find_held(read_groups(args.data, args.model, options), rows)
         if held and args.rescore:
-            rescore(args.check, header, args.model, held[:: -(-len(held) // args.rescore)], rows)
+            rescore(args.check, header, args.model, args.adapter, held[:: -(-len(held) // args.rescore)], rows)
 
 
 def open_whole(path: Path) -> tuple[Header, Rows]:
@@ -99,12 +103,14 @@ def describe(path: Path, header: Header, rows: Rows) -> list[str]:
     ]
 
 
-def check_weights(path: Path, header: Header, model_dir: str) -> None:
-    """Raise RunError, naming the fields that differ, unless the weights in `model_dir` made the file."""
+def check_weights(path: Path, header: Header, model_dir: str, adapter: str | None) -> None:
+    """Raise RunError, naming the fields that differ, unless the weights in `model_dir`, with the adapter, made the
+    file."""
     with tempfile.TemporaryDirectory() as memo:  # digests are not remembered: a check reads the weights themselves
-        digest = weights_digest(model_dir, FileDigests(Path(memo) / "digests.json"))
-    # dtype, kernel and attention are the run's choice, not the folder's
-    wanted = Header(digest, dtype=header.dtype, kernel=header.kernel, attention=header.attention)
+        digests = FileDigests(Path(memo) / "digests.json")
+        digest = weights_digest(model_dir, digests)
+        digest = digest if adapter is None else adapter_digest(adapter, digest, digests)
+    wanted = replace(header, weights=digest, format=FORMAT)  # the rest is the run's choice, not the folder's
     if differing := differing_fields(vars(header), wanted):
         raise RunError(path, f"does not belong to {model_dir} ({differing}); a run with this model leaves it alone")
 
@@ -129,10 +135,12 @@ def find_held(groups: Sequence[Group], rows: Rows) -> list[Group]:
     return [group for group, own in zip(groups, keys, strict=True) if all(key in rows for key in own)]
 
 
-def rescore(path: Path, header: Header, model_dir: str, groups: Sequence[Group], rows: Rows) -> None:
+def rescore(
+    path: Path, header: Header, model_dir: str, adapter: str | None, groups: Sequence[Group], rows: Rows
+) -> None:
     """Score groups again, each alone, and compare. Raises RunError where numbers differ by more than rounding."""
     device = dist.choose_device()
-    model = load_as(path, header, model_dir, device)
+    model = load_as(path, header, model_dir, adapter, device)
     fresh = {key: row for group in groups for key, row in score_batch(model, [group], device).items()}
     gaps = np.concatenate([np.abs(row - rows[key]) for key, row in fresh.items()])
     # as at step 0 of a run: single bf16 numbers scatter, their mean does not
@@ -146,8 +154,10 @@ def rescore(path: Path, header: Header, model_dir: str, groups: Sequence[Group],
     print(f"{len(fresh)} completions scored again: {text}")
 
 
-def load_as(path: Path, header: Header, model_dir: str, device: torch.device) -> Decoder:
+def load_as(path: Path, header: Header, model_dir: str, adapter: str | None, device: torch.device) -> Decoder:
     """The model with the header's arithmetic. Raises RunError where this machine does not have it."""
+    if header.quantisation != "none":
+        raise RunError(path, f"its weights were quantised ({header.quantisation}); only a run scores them; no --data")
     try:
         impl = resolve(header.kernel, device)
         form = choose_form("blocks" if header.attention == Header.attention else header.attention, device)
@@ -156,7 +166,11 @@ def load_as(path: Path, header: Header, model_dir: str, device: torch.device) ->
     numerics.prepare_process()
     numerics.set_up(threads=None, deterministic=True, matmul="highest")
     dtype = torch.float32 if header.dtype == "float32" else torch.bfloat16
-    model = load_decoder(model_dir, dtype=dtype).requires_grad_(False).to(device)
+    model = load_decoder(model_dir, dtype=dtype)
+    if adapter is not None:
+        add_lora(model, read_settings(adapter), dtype=dtype)
+        load_adapter(model, adapter)
+    model = model.requires_grad_(False).to(device)
     model.kernel_impl, model.attention_form = impl, form
     return model
 
