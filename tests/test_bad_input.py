@@ -151,7 +151,7 @@ def other_tokenizer(name: str, content: bytes) -> object:
 
 TOKENIZER_FOLDER = {
     "none": (model_file("tokenizer.json", None), "no tokenizer.json and no tokenizer.model"),
-    "only vocab.json": (other_tokenizer("vocab.json", b"{}"), "vocab.json alone is not supported"),
+    "only vocab.json": (other_tokenizer("vocab.json", b"{}"), "vocab.json alone has no merges.txt"),
     "an end token it lacks": (tokenizer_config(eos_token="<stop>"), "eos_token '<stop>' is not in the vocabulary"),
     "no end token for strings": (both(tokenizer_config(eos_token=ABSENT), rows(PLAIN)), "no eos_token"),
     "ids beyond the weights": (
@@ -182,7 +182,7 @@ TOKENIZER = [
         "{model}/tokenizer.model: ",
         {
             "garbage": (other_tokenizer("tokenizer.model", b"\0garbage" * 9), "as a sentencepiece model"),
-            "a tiktoken file": (other_tokenizer("tokenizer.model", b"IQ== 0\nIg== 1\n"), "is a tiktoken rank file"),
+            "a tiktoken file": (other_tokenizer("tokenizer.model", b"IQ== 0\nIg== 1\n"), "does not say how"),
         },
     ),
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from text_fixtures import SENTENCES, byte_level_folder, write_config
 from tokenizer_parity import reference_folder
@@ -51,6 +51,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text("abcdxyzé漢 ", max_size=16))
+@example(text="xyz xyzx abcd")
 def test_ranks_merge_as_the_format_says(odd: Tokenizer, text: str) -> None:
     ranks = {bytes([byte]): byte for byte in range(256)} | {t: 256 + k for k, t in enumerate(ODD_TOKENS)}
     pieces = [piece for word in text.split(" ") for piece in (" ", word)][1:]
@@ -147,6 +148,8 @@ def test_the_split_follows_class_model_type_or_pattern(tmp_path: Path) -> None:
     qwen = ids("class", tokenizer_class="Qwen2Tokenizer")
     assert qwen == ids("model type", "qwen3") == ids("name", pat_str="qwen")
     assert qwen == ids("pattern", pat_str=FAMILIES["qwen"].pattern), "composed already: NFC changes nothing"
+    composing = load_tokenizer(vocab_folder(tmp_path / "nfc", pat_str="qwen"))
+    assert composing.encode("e\u0301") == composing.encode("é")
     with pytest.raises(TokenizerError, match=r"vocab.json: does not say how .* \(gpt2, llama3, qwen, smollm\)"):
         ids("nothing", "llama")
 
