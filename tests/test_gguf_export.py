@@ -152,6 +152,7 @@ REFUSED = [
     ("llama", {"num_hidden_layers": 4}, "tensor 'model.layers.3.input_layernorm.weight' is missing"),
     ("llama", {"num_hidden_layers": 2}, "tensor 'model.layers.2.\\S+' has no place in a llama GGUF"),
     ("llama", {"num_hidden_layers": None}, "key 'num_hidden_layers' is missing"),
+    ("llama", {"model_type": "mistral", "sliding_window": 64}, "'sliding_window' is 64, .* mistral models with None"),
     ("qwen2", {"use_sliding_window": True}, "key 'use_sliding_window' is True, llama.cpp computes qwen2 models with"),
     ("gemma2", {"query_pre_attn_scalar": 100}, "key 'query_pre_attn_scalar' is 100, llama.cpp .* with 24; this model"),
     ("gemma3", {"layer_types": ["full_attention"] * 7}, "key 'layer_types' is "),
@@ -175,6 +176,12 @@ def test_what_llama_cpp_would_compute_differently(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'in'}") and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_mistral_is_llama_to_llama_cpp(tmp_path: Path) -> None:
+    for name, changes in (("a", {}), ("b", {"model_type": "mistral", "sliding_window": None})):
+        gguf_export.export(write_folder(tmp_path / name, "llama", **changes), tmp_path / f"{name}.gguf", name="x")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
 def test_values_beyond_float16(tmp_path: Path) -> None:

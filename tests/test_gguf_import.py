@@ -234,6 +234,8 @@ BAD_METADATA = [
     ({"tokenizer.ggml.pre": "qwen9"}, "pre-tokenizer 'qwen9' is not known; known: codeshell, .*smollm"),
     ({"tokenizer.ggml.model": "t5"}, "tokenizer model 't5' is not known; known: gpt2"),
     ({"tokenizer.ggml.model": "llama"}, "no key 'tokenizer.ggml.scores'"),
+    ({"llama.attention.sliding_window_pattern": 2}, "sliding windows by the pattern 2, a llama model has None"),
+    ({"llama.attention.sliding_window": 64}, "key 'llama.attention.sliding_window' = 64 has no place in a llama model"),
     ({"llama.expert_count": 8}, "key 'llama.expert_count' = 8 has no place in a llama model"),
     ({"llama.attention.value_length": 8}, "keys have 16 dimensions a head, values 8; both must be the same"),
     ({"tokenizer.ggml.merges": ["qq zz"]}, "merges do not fit its vocabulary"),

@@ -115,19 +115,23 @@ def _refuse_unknown(metadata: Metadata, family: Family) -> None:
             key = f"{family.architecture}.{suffix}"
             raise ModelError(metadata.path, f"key '{key}' = {value} has no place in a {family.model_type} model")
     period = metadata.own("attention.sliding_window_pattern", object)
-    if isinstance(period, int) and not isinstance(period, bool) and period not in (0, family.sliding_period):
-        raise ModelError(
-            metadata.path, f"each {period}th layer attends to all; in {family.model_type} models others do"
-        )
+    if isinstance(period, list):
+        layers = range(metadata.need(f"{family.architecture}.block_count", int))
+        fits = family.sliding_period and period == [bool((i + 1) % family.sliding_period) for i in layers]
+    else:
+        fits = period in (None, 0, family.sliding_period)
+    if not fits:
+        problem = f"sliding windows by the pattern {period}, a {family.model_type} model has {family.sliding_period}"
+        raise ModelError(metadata.path, problem)
 
 
 def read_family(path: Path, config: dict[str, Any]) -> Family:
     """The family of a config.json; raises ModelError that lists the known ones."""
     model_type = config.get("model_type")
-    for family in FAMILIES.values():
-        if family.model_type == model_type:
-            return family
-    known = ", ".join(sorted(family.model_type for family in FAMILIES.values()))
+    families = {name: family for family in FAMILIES.values() for name in (family.model_type, *family.written_from)}
+    if model_type in families:
+        return families[model_type]
+    known = ", ".join(sorted(families))
     raise ModelError(path, f"model_type '{model_type}' cannot be written as a GGUF; known: {known}")
 
 
@@ -161,7 +165,7 @@ def build_metadata(
 
 def _refuse_other(path: Path, family: Family, config: dict[str, Any]) -> None:
     """Raise ModelError where config.json departs from what llama.cpp does for the whole family."""
-    wanted = dict(family.constants)
+    wanted = {**family.constants, **family.written_from.get(config["model_type"], {})}
     if "hidden_activation" in wanted and config.get("hidden_activation") is None:
         config["hidden_activation"] = wanted["hidden_activation"]  # null means the default
     if family.model_type == "gemma":
@@ -181,7 +185,6 @@ def _refuse_other(path: Path, family: Family, config: dict[str, Any]) -> None:
         wanted["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     for name, expected in wanted.items():
         if config.get(name) != expected:
-            problem = (
-                f"key '{name}' is {config.get(name)}, llama.cpp computes {family.model_type} models with {expected}"
-            )
+            model_type = config["model_type"]
+            problem = f"key '{name}' is {config.get(name)}, llama.cpp computes {model_type} models with {expected}"
             raise ModelError(path, f"{problem}; this model cannot be written as a GGUF")

@@ -124,6 +124,10 @@ class Family:
     """Only a part of each head may be rotated (`partial_rotary_factor`)."""
     tied: bool = False
     """What config.json means when it has no tie_word_embeddings."""
+    default_theta: float = 10000.0
+    """What config.json means when it has no rope_theta."""
+    written_from: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Other model types that are this family to llama.cpp, and what their config.json must say for that."""
 
 
 GEMMA_NORMS = {"norm_shift": 1.0, "free_head_dim": True, "default_head_dim": 256, "tied": True}
@@ -138,6 +142,7 @@ _ALL = (
         switches={"attention_bias": ATTENTION_BIASES, "mlp_bias": MLP_BIASES},
         free_head_dim=True,
         pairs_interleaved=True,
+        written_from={"mistral": {"sliding_window": None}},
     ),
     Family(
         architecture="smollm3",
@@ -148,6 +153,7 @@ _ALL = (
         pairs_interleaved=True,
         no_rope_period=4,
         tied=True,
+        default_theta=2_000_000.0,
     ),
     Family(
         architecture="qwen2",
@@ -240,6 +246,7 @@ _ALL = (
             }
         },
         switched_at={"use_qk_norm": 64},
+        default_theta=500_000.0,
         settings=(LAYER_EPS, Setting("logit_scale", "logit_scale", float)),
         constants={"hidden_act": "silu", "attention_bias": False},
         tied=True,

@@ -165,7 +165,7 @@ def write_rope(
     parameters = _rope_parameters(config)
     sliding = parameters.pop("sliding_attention", None)
     full = parameters.pop("full_attention", None) or parameters
-    theta = full.get("rope_theta") or (GEMMA3_THETA if family.local_theta else DEFAULT_THETA)
+    theta = full.get("rope_theta") or (GEMMA3_THETA if family.local_theta else family.default_theta)
     share = full.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     rotary = int(head_dim * share)
     if rotary != head_dim and not family.partial_rope:
