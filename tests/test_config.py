@@ -101,11 +101,12 @@ def test_activation_checkpointing_none_stays_a_word(minimal: str) -> None:
     assert load_config([minimal, "--train.activation_checkpointing=none"]).train.activation_checkpointing == "none"
 
 
-@pytest.mark.parametrize("name", ["quickstart", "dpo", "orpo", "simpo", "sft"])
+@pytest.mark.parametrize("name", ["quickstart", "dpo", "lora", "orpo", "simpo", "sft"])
 def test_shipped_configs_load(name: str) -> None:
     path = str(ROOT / "trainer" / "configs" / f"{name}.toml")
     config = load_config([path, "--data.train=pairs.jsonl", "--model.path=DIR"])
-    assert config.train.objective == ("dpo" if name == "quickstart" else name)
+    assert config.train.objective == ("dpo" if name in ("quickstart", "lora") else name)
+    assert config.lora.enabled is (name == "lora")
     assert config.run.dir == f"runs/{name}"
 
 
@@ -262,7 +263,7 @@ def test_bad_file_gives_one_line(tmp_path: Path, text: str, message: str) -> Non
 
 def test_missing_file_names_the_shipped_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"no.toml: no such file; trainer/configs/ has dpo, orpo, quickstart, sft, simpo"
+        UserError, match=r"no.toml: no such file; trainer/configs/ has dpo, lora, orpo, quickstart, sft, simpo"
     ):
         load_config([str(tmp_path / "no.toml")])
 
