@@ -9,9 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.gguf_fixtures import FAMILIES, KIND, as_float32, logits, random_model, write_model
+from data_tools.encode import Group
+from tests.gguf_fixtures import FAMILIES, KIND, TOKENS, as_float32, logits, random_model, write_model
+from trainer.batch import build_stream
 from trainer.models import gguf_import
 from trainer.models.gguf_tensors import iter_packed
+from trainer.models.hf_weights import load_decoder
 
 READ_BY_TRANSFORMERS = ("llama", "llama3", "qwen2", "gemma2", "gemma3", "phi3")
 """It knows qwen3 too, but not a head dim of its own (5.23)."""
@@ -40,6 +43,19 @@ def test_same_logits_as_the_model_that_went_in(case: str, tmp_path: Path) -> Non
         if key == "rope_parameters" and wanted.get("partial_rotary_factor") == 1.0:  # transformers may fill it in
             found, wanted = ({**rope, "partial_rotary_factor": 1.0} for rope in (found, wanted))
         assert found == wanted, key
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_our_decoder_runs_the_folder(case: str, tmp_path: Path) -> None:
+    model = random_model(case)
+    gguf_import.convert(write_model(tmp_path / "m.gguf", case, model), tmp_path / "out")
+    ids = np.random.default_rng(0).integers(0, len(TOKENS), 20, dtype=np.int32)
+    group = Group(record_id="x", ids=ids, lengths=(1, 19), spans=((), ((0, 19),)), weight=1.0)
+    with torch.no_grad():
+        found = load_decoder(tmp_path / "out")(build_stream([group]), output="logits")
+        expected = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
+    # float32 in another order; logits of these models reach 10
+    torch.testing.assert_close(found, expected[: len(found)], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", READ_BY_TRANSFORMERS)

@@ -169,8 +169,9 @@ def _refuse_other(path: Path, family: Family, config: dict[str, Any]) -> None:
     if "hidden_activation" in wanted and config.get("hidden_activation") is None:
         config["hidden_activation"] = wanted["hidden_activation"]  # null means the default
     if family.model_type == "gemma":
-        # two names; a value of `gelu` was a mistake of the first checkpoints, which mean the tanh form too
-        config["hidden_act"] = config.get("hidden_activation") or "gelu_pytorch_tanh"
+        # two names; `gelu` was a mistake of the first checkpoints, which mean the tanh form too
+        act = config.get("hidden_activation") or config.get("hidden_act")
+        config["hidden_act"] = "gelu_pytorch_tanh" if act in (None, "gelu") else act
     for name, expected in derived_keys(family, config).items():
         if config.get(name) is not None:
             wanted[name] = expected
@@ -179,8 +180,6 @@ def _refuse_other(path: Path, family: Family, config: dict[str, Any]) -> None:
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if name not in {setting.config for setting in family.settings} and config.get(name) is not None:
             wanted[name] = None
-    if family.partial_rope:
-        wanted.pop("sliding_window", None)
     if config["head_dim"] != config["hidden_size"] // config["num_attention_heads"] and not family.free_head_dim:
         wanted["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     for name, expected in wanted.items():
