@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jinja2
 from jinja2.filters import FILTERS, make_attrgetter
+from jinja2.tests import TESTS
 
 MAX_WIDTH = 1000
 """Of padding, indentation and number formats."""
@@ -18,12 +19,13 @@ ITEM = 8
 
 # Filters whose result is made of what they are given; those that make text are listed apart, see GUARDS.
 PICKING_FILTERS = "abs attr count d default first float int items last length safe".split()
-LISTING_FILTERS = (
-    "dictsort groupby list map max min reject rejectattr reverse select selectattr sort unique".split()
-)  # of a string they make a list
+LISTING_FILTERS = "dictsort list map reject rejectattr reverse select selectattr".split()  # of a string a list
+COMPARING_FILTERS = "groupby max min sort unique".split()
 TEXT_FILTERS = (
     "capitalize e escape filesizeformat forceescape lower string title trim truncate upper urlencode wordcount"
 ).split()
+# Tests that look at all of a value; the others at its type.
+READING_TESTS = frozenset("lower upper in == eq equalto != ne > gt greaterthan ge >= < lt lessthan <= le".split())
 
 
 class LimitError(jinja2.TemplateError):
@@ -49,10 +51,15 @@ def counted_filter(counter: Counter, name: str) -> Callable[..., Any]:
     @wraps(original)
     def counted(*args: Any, **kwargs: Any) -> Any:
         counter.step()
-        if name in TEXT_FILTERS:
-            counter.charge_text_of(*args[skipped:], *kwargs.values())
-        elif name in LISTING_FILTERS and isinstance(args[skipped], str):
-            counter.charge(ITEM * len(args[skipped]))
+        counter.charge_text_of(*args[skipped + 1 :], *kwargs.values())
+        value = args[skipped]
+        if name in COMPARING_FILTERS:
+            value = list(value)
+            args = (*args[:skipped], value, *args[skipped + 1 :])
+        if name in TEXT_FILTERS or name in COMPARING_FILTERS:
+            counter.charge_text_of(value)
+        elif name in LISTING_FILTERS and isinstance(value, str):
+            counter.charge(ITEM * len(value))
         if guard is not None:
             checked = guard(counter, *args[skipped:], **kwargs)
             if checked is not None:
@@ -60,6 +67,21 @@ def counted_filter(counter: Counter, name: str) -> Callable[..., Any]:
         result = original(*args, **kwargs)
         counter.charge_result(result)
         return result
+
+    return counted
+
+
+def counted_test(counter: Counter, name: str) -> Callable[..., bool]:
+    """A test of jinja2's that counts the text it looks through."""
+    original = TESTS[name]
+    skipped = 1 if hasattr(original, "jinja_pass_arg") else 0
+
+    @wraps(original)
+    def counted(*args: Any, **kwargs: Any) -> bool:
+        counter.step()
+        looks = skipped if name in READING_TESTS else skipped + 1
+        counter.charge_text_of(*args[looks:], *kwargs.values())
+        return original(*args, **kwargs)
 
     return counted
 
@@ -150,4 +172,4 @@ GUARDS: dict[str, Callable[..., tuple[Any, ...] | None]] = {
     "slice": _guard_slice,
     "sum": _guard_sum,
 }
-FILTER_NAMES = (*PICKING_FILTERS, *LISTING_FILTERS, *TEXT_FILTERS, *GUARDS)
+FILTER_NAMES = (*PICKING_FILTERS, *LISTING_FILTERS, *COMPARING_FILTERS, *TEXT_FILTERS, *GUARDS)

@@ -1,12 +1,13 @@
 """A jinja2 environment for chat templates of strangers: a sandbox with a budget of work, characters and seconds.
 
-jinja2's own sandbox keeps a template from Python's internals. It does not keep it from running for hours or filling the
-memory, so here everything that repeats or grows is counted: each run of a block, each call, each filter and each string
-or list that an operator, a method, a filter or the output makes. Sizes are known before they are made, and nothing is
-computed while a template is compiled. What is left of methods and filters is a list of those that chat templates use.
+jinja2's own sandbox keeps a template from Python's internals. It does not keep it from running for hours, filling the
+memory or crashing Python, so here everything that repeats, grows or looks through much is counted: each run of a block,
+each call, filter and test, each string or list that an operator, a method, a filter or the output makes, each value that
+is compared, printed or used as a key. Sizes are known before anything is made, and nothing is computed while a template
+is compiled. What is left of methods and filters is a list of those that chat templates use.
 
-Counting costs a template some microseconds and needs no process, signal or trace. One environment renders one text at
-a time.
+Counting costs a template some tens of microseconds and needs no process, signal or trace. One environment renders one
+text at a time.
 """
 
 import re
@@ -17,12 +18,21 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.runtime import Context
+from jinja2.compiler import CodeGenerator, Frame, operators
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter, safe_range
+from jinja2.tests import TESTS
 from jinja2.utils import pass_context
 
-from data_tools.template_filters import FILTER_NAMES, ITEM, MAX_WIDTH, LimitError, check_width, counted_filter
+from data_tools.template_filters import (
+    FILTER_NAMES,
+    ITEM,
+    MAX_WIDTH,
+    LimitError,
+    check_width,
+    counted_filter,
+    counted_test,
+)
 
 MAX_SOURCE = 100_000
 """Characters of a template; the longest ones known have a third of it."""
@@ -33,6 +43,8 @@ MAX_CHARS = 4_000_000
 CHARS_PER_CHAR = 64
 """Characters that may be made for each character of the messages."""
 MAX_SECONDS = 10.0
+MAX_DEPTH = 100
+"""Of lists in lists."""
 MAX_BITS = 4096
 """Of a whole number."""
 STRING_METHODS = frozenset(
@@ -77,6 +89,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.code_generator_class = _CountingGenerator
         self.start(0)
         self.filters = {name: counted_filter(self, name) for name in FILTER_NAMES}
+        self.tests = {name: counted_test(self, name) for name in TESTS}
         self.globals |= {"namespace": Namespace, "dict": _make_dict, "range": self._range}
         del self.globals["lipsum"]
 
@@ -92,7 +105,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.charge(chars)
         if self._steps < 0:
             raise LimitError(f"does more than {MAX_STEPS} steps for one text")
-        if self._steps % 64 == 0 and time.monotonic() > self._deadline:
+        if time.monotonic() > self._deadline:
             raise LimitError(f"takes longer than {MAX_SECONDS:g} seconds for one text")
 
     def charge(self, chars: int) -> None:
@@ -102,20 +115,36 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise LimitError("makes much more text than the messages hold")
 
     def charge_text_of(self, *values: object) -> None:
-        """Count the text of values of any kind as far as it may be made. Raises LimitError."""
-        stack = list(values)
-        while stack:
-            value = stack.pop()
-            if isinstance(value, str):
-                self.charge(len(value))
-            elif isinstance(value, Mapping):
-                self.charge(ITEM * len(value))
-                stack += [*value.keys(), *value.values()]
-            elif isinstance(value, list | tuple | Set | ValuesView):
-                self.charge(ITEM * len(value))
-                stack += value
-            else:
-                self.charge(ITEM)
+        """Count the text of values of any kind as far as it may be made, compared or hashed. Raises LimitError.
+
+        Nesting is limited too: Python's hash of a deep tuple has no guard of its own and would end the process.
+        """
+        level: list[object] = list(values)
+        for _ in range(MAX_DEPTH):
+            if not level:
+                return
+            inner: list[object] = []
+            for value in level:
+                if isinstance(value, str):
+                    self.charge(len(value))
+                elif isinstance(value, Mapping):
+                    self.charge(ITEM * len(value))
+                    inner += [*value.keys(), *value.values()]
+                elif isinstance(value, list | tuple | Set | ValuesView):
+                    self.charge(ITEM * len(value))
+                    inner += value
+                else:
+                    self.charge(ITEM)
+            level = inner
+        raise LimitError(f"nests values deeper than {MAX_DEPTH}")
+
+    def seen(self, value: Any) -> Any:
+        """A value that is about to be compared, hashed or printed."""
+        if type(value) is str:
+            self.charge(len(value))
+        elif value is not None and type(value) not in (int, bool, float):
+            self.charge_text_of(value)
+        return value
 
     def charge_result(self, value: object) -> None:
         """Count a string or list that was made from values of about its size."""
@@ -136,6 +165,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """The operators that make something larger than what they are given."""
+        if operator == "+" and type(left) is type(right) is str:
+            self.charge(len(left) + len(right))
+            return left + right
         if operator == "*":
             self._check_product(left, right)
         elif operator == "**":
@@ -194,11 +226,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         return format
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """A subscript: its key is hashed, or printed in an error."""
+        return super().getitem(obj, self.seen(argument))
+
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
         """Every call in a template."""
         __self.step()
+        if not isinstance(__obj, Macro):
+            __self.charge_text_of(*args, *kwargs.values())
         if isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, str):
             args = __self._check_method(__obj.__self__, __obj.__name__, args)
+        elif isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, list | tuple):
+            __self.seen(__obj.__self__)  # it is searched
         result = super().call(__context, __obj, *args, **kwargs)
         __self.charge_result(result)
         return result
@@ -272,6 +312,30 @@ class _CountingGenerator(CodeGenerator):
             self.write(", ")
         self.write("))")
 
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:  # noqa: N802
+        self.write("(")
+        self._visit_seen(node.expr, frame)
+        for operand in node.ops:
+            self.write(f" {operators[operand.op]} ")
+            self._visit_seen(operand.expr, frame)
+        self.write(")")
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
+        self.write("{")
+        for item in node.items:
+            self._visit_seen(item.key, frame)
+            self.write(": ")
+            self.visit(item.value, frame)
+            self.write(", ")
+        self.write("}")
+
+    def _visit_seen(self, node: nodes.Expr, frame: Frame) -> None:
+        if isinstance(node, nodes.Const):
+            return self.visit(node, frame)
+        self.write("environment.seen(")
+        self.visit(node, frame)
+        self.write(")")
+
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:  # noqa: N802
         if not isinstance(node.arg, nodes.Slice):
             return super().visit_Getitem(node, frame)
@@ -287,11 +351,7 @@ def _finalize(context: Context, value: Any) -> Any:
     """Counts what is printed; with a context, so that jinja2 does not evaluate it while it compiles."""
     sandbox = context.environment
     assert isinstance(sandbox, Sandbox)
-    if type(value) is str:
-        sandbox.charge(len(value))
-    else:
-        sandbox.charge_text_of(value)
-    return value
+    return sandbox.seen(value)
 
 
 def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:

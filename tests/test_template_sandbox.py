@@ -18,6 +18,11 @@ GROW = (
     "{{% set ns = namespace(x='ab') %}}{{% for i in range(60) %}}{{% set ns.x = {grown} %}}{{% endfor %}}{{{{ ns.x }}}}"
 )
 BIG = "{% set big = 'a' * 100000 %}"
+LISTS = "{% set a = [('a' * 9000) ~ 'b'] * 9 %}{% set b = [('a' * 9000) ~ 'b'] * 9 %}"
+DEEP = (
+    "{% set ns = namespace(x=()) %}{% for i in range(9999) %}"
+    "{% set ns.x = ((((((((((ns.x,),),),),),),),),),) %}{% endfor %}"
+)
 # name: (template, words of the error)
 ATTACKS = {
     # loops
@@ -77,6 +82,31 @@ ATTACKS = {
     "JSON with long commas": (BIG + "{{ ([1] * 9999) | tojson(separators=(big, big)) }}", "much more text"),
     "references as an attribute": (BIG + "{{ ([namespace(x=big)] * 99999) | join(attribute='x') }}", "much more text"),
     "references in capitals": (BIG + "{{ ([big] * 99999) | upper }}", "much more text"),
+    "references in a test": (BIG + "{{ ([big] * 99999) is lower }}", "much more text"),
+    "references in an error": (BIG + "{{ [1][(big,) * 99999].x }}", "much more text"),
+    "references in another error": (BIG + "{{ raise_exception([big] * 99999) }}", "much more text"),
+    "references as a name": (BIG + "{{ '' | attr([big] * 99999) }}", "much more text"),
+    "references as a filter": (BIG + "{{ [1] | map((big,) * 99999) | list }}", "much more text"),
+    # comparing
+    "long lists compared": (LISTS + "{{ a == b }}" * 50, "much more text"),
+    "a long list searched": (LISTS + "{{ 'a' in a }}{{ b[0] in a }}" * 50, "much more text"),
+    "a long list searched by a method": (LISTS + "{{ a.count(b[0]) }}" * 50, "much more text"),
+    "a long list searched by a test": (LISTS + "{{ a is eq(b) }}" * 50, "much more text"),
+    "a long list sorted": (LISTS + "{{ (a + b) | sort | length }}" * 50, "much more text"),
+    "a long list without doubles": (LISTS + "{{ a | unique | list | length }}" * 50, "much more text"),
+    "a loop that asks for changes": (LISTS + "{% for i in range(99) %}{{ loop.changed(a) }}{% endfor %}", "much more"),
+    # what ends the process: Python hashes a deep tuple without a guard
+    "a deep key": (DEEP + "{{ {}[ns.x] }}", "deeper"),
+    "a deep key of a new dictionary": (DEEP + "{{ {ns.x: 1} }}", "deeper"),
+    "a deep key in pairs": (DEEP + "{{ dict([(ns.x, 1)]) }}", "deeper"),
+    "a deep key of a method": (DEEP + "{{ {}.get(ns.x) }}", "deeper"),
+    "a deep member": (DEEP + "{{ ns.x in {} }}", "deeper"),
+    "a deep value among others": (DEEP + "{{ [ns.x, ns.x] | unique | list }}", "deeper"),
+    "a deep group": (DEEP + "{{ [{'k': ns.x}] | groupby('k') }}", "deeper"),
+    "a deep value printed": (DEEP + "{{ ns.x }}", "deeper"),
+    "a deep value as JSON": (DEEP + "{{ ns.x | tojson }}", "recursion|deeper"),
+    "a deep filter": (DEEP + "{{ [1] | map(ns.x) | list }}", "deeper"),
+    "a deep test": (DEEP + "{{ [1] | select(ns.x) | list }}", "deeper"),
     # widths
     "a wide percent": ("{{ '%09999999999d' % 1 }}", "width"),
     "a wide star": ("{{ '%*d' % (10**9, 1) }}", "width"),
@@ -143,7 +173,7 @@ for name, source in json.load(sys.stdin).items():
 """
 
 
-def test_every_attack_is_one_template_error(tmp_path: Path) -> None:
+def test_every_attack_is_one_template_error() -> None:
     """In a process that may take 400 MiB more than it has; a single attack that got through would end it."""
     given = json.dumps({name: source for name, (source, _) in ATTACKS.items()})
     command = [sys.executable, "-c", IN_A_CHILD]
