@@ -21,6 +21,7 @@ from trainer.batch import Stream
 from trainer.models.attention_form import stream_attend
 from trainer.models.config import ModelConfig
 from trainer.models.families import Layer
+from trainer.models.kv_cache import PromptCache, SlotCache
 from trainer.models.rope import Rope
 from trainer.models.tied_embedding import embed_tied
 
@@ -207,20 +208,34 @@ class RopeTables(NamedTuple):
 class SharedByLayers:
     """What layers need of the stream: rotary tables by kind of rotary embedding, attention by sliding window."""
 
-    def __init__(self, stream: Stream, config: ModelConfig, impl: str, attention: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        config: ModelConfig,
+        impl: str,
+        attention: str,
+        dtype: torch.dtype,
+        cache: PromptCache | SlotCache | None = None,
+    ) -> None:
         self.impl, self.scale = impl, config.attention_scale
-        positions = _padded(stream.positions)
+        one_token = isinstance(cache, SlotCache)
+        positions = stream.positions if one_token else _padded(stream.positions)
         self.tables: dict[Rope | None, RopeTables | None] = {None: None}
         self.attend: dict[int | None, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
         for layer in config.layers:
             if layer.rope not in self.tables:
-                beyond = _beyond_original(layer.rope, stream, len(positions)) if layer.rope.by_length else None
+                beyond = None
+                if layer.rope.by_length:
+                    beyond = cache.beyond if one_token else _beyond_original(layer.rope, stream, len(positions))
+                    beyond = beyond.to(positions.device)
                 cos, sin = layer.rope.tables(positions, config.head_dim, beyond=beyond)
                 self.tables[layer.rope] = RopeTables(cos, sin, cos * self.scale, sin * self.scale)
             if layer.window not in self.attend:
-                self.attend[layer.window] = stream_attend(
-                    attention, stream, len(positions), config, dtype, window=layer.window
+                own = layer.window
+                inner = (
+                    None if one_token else stream_attend(attention, stream, len(positions), config, dtype, window=own)
                 )
+                self.attend[own] = inner if cache is None else cache.attend(own, inner)
 
 
 def _beyond_original(rope: Rope, stream: Stream, num_tokens: int) -> Tensor:
@@ -228,7 +243,7 @@ def _beyond_original(rope: Rope, stream: Stream, num_tokens: int) -> Tensor:
     found = torch.zeros(num_tokens, dtype=torch.bool)
     for group in stream.layout:
         found[group.start : group.stop] = rope.is_beyond(group.lengths)
-    return found.to(stream.tokens.device)
+    return found
 
 
 class Decoder(nn.Module):
@@ -249,20 +264,30 @@ class Decoder(nn.Module):
         self.stash_logits = False
         self.kernel_impl = "auto"
         self.attention_form = "auto"
+        self.head_product: Callable[[Tensor, Tensor], Tensor] = F.linear
+        """What multiplies states by the head's weight where logits are asked for (trainer.models.packed)."""
 
     @property
     def head_weight(self) -> Tensor:
         """(V, D); the embedding itself when the head is tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, stream: Stream, output: Literal["logps", "hidden", "logits"] = "logps") -> Tensor:
+    def forward(
+        self,
+        stream: Stream,
+        output: Literal["logps", "hidden", "logits", "next"] = "logps",
+        cache: PromptCache | SlotCache | None = None,
+    ) -> Tensor:
         """logps: (N,) float32 nats of the scored tokens. hidden: (T, D) after the final norm. logits: (T, V), for tests
-        and inspection only: training never builds them.
+        and inspection only: training never builds them. next: (N, V) logits behind the tokens at `score_index`.
+
+        cache: a PromptCache is filled; with a SlotCache the stream is one token a slot (trainer.models.kv_cache).
         """
         num_tokens, num_scored = len(stream.tokens), len(stream.score_targets)
         dtype = self.embed_tokens.weight.dtype
-        shared = SharedByLayers(stream, self.config, self.kernel_impl, self.attention_form, dtype)
-        x_TD, head_weight = self._embed(_padded(stream.tokens))
+        shared = SharedByLayers(stream, self.config, self.kernel_impl, self.attention_form, dtype, cache)
+        one_token = isinstance(cache, SlotCache)
+        x_TD, head_weight = self._embed(stream.tokens if one_token else _padded(stream.tokens))
         added_TD = None
         for layer in self.layers:
             x_TD, added_TD = layer(x_TD, added_TD, shared)
@@ -271,6 +296,9 @@ class Decoder(nn.Module):
             hidden_ND = self._norm(x_TD.index_select(0, _padded(stream.score_index)))
             logps = self._logps(hidden_ND, head_weight, _padded(stream.score_targets))
             return logps[:num_scored].clone()  # not a view: FSDP2 hooks the tensor that is returned
+        if output == "next":
+            picked = x_TD if one_token else x_TD.index_select(0, stream.score_index)
+            return self._logits(self._norm(picked), head_weight)
         hidden_TD = self._norm(x_TD)[:num_tokens]
         return hidden_TD if output == "hidden" else self._logits(hidden_TD, head_weight)
 
@@ -304,7 +332,8 @@ class Decoder(nn.Module):
         )
 
     def _logits(self, hidden: Tensor, weight_VD: Tensor) -> Tensor:
-        logits, cap = F.linear(hidden, weight_VD) * self.config.logit_scale, self.config.logit_softcap
+        logits, cap = self.head_product(hidden, weight_VD), self.config.logit_softcap
+        logits = logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
         logits = logits if self._head_bias is None else logits + self._head_bias
         return logits if cap is None else (logits / cap).tanh() * cap
 

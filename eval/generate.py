@@ -1,0 +1,268 @@
+"""Draw completions from a model on this machine: many at a time, each prompt computed once, finished slots refilled.
+
+A sample depends on the seed, its prompt's id and its own number only, not on what is drawn beside it (but for rounding:
+products of other shapes may round a logit otherwise). Prompts are run as a stream, like in training; then each slot
+goes on by one token at a time over keys and values that are kept. Prompts and samples as files: eval.sample.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_tools.encode import Group
+from data_tools.errors import UserError
+from data_tools.tokenizer import Tokenizer
+from eval.sampling import SamplingOptions, next_tokens, penalised, uniform_numbers
+from trainer.batch import Stream, build_stream
+from trainer.models.decoder import Decoder
+from trainer.models.kv_cache import PromptCache, SlotCache
+
+TAIL = 8
+"""A stop text is looked for in so many tokens more than it has characters, from the end."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt's tokens, BOS and generation prompt included, and the name that its random numbers come from."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished sample. token_ids: all that were drawn, the token that ended it included; text: without it and
+    without a stop text. logps: nats of each token under the model, before temperature and penalty."""
+
+    request_id: str
+    sample: int
+    token_ids: list[int]
+    logps: list[float]
+    text: str
+    finish_reason: str
+    """stop | length"""
+    prompt_tokens: int
+
+
+@dataclass
+class _Running:
+    """A sample that a slot is busy with."""
+
+    request: Request
+    sample: int
+    uniforms: np.random.Generator
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _Waiting:
+    """A prompt that was run, with samples of it still to begin: its keys and values, and the logits behind it."""
+
+    request: Request
+    keys_and_values: list[tuple[Tensor, Tensor]]
+    logits: Tensor
+    samples: deque[int]
+
+
+def generate(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    options: SamplingOptions,
+    *,
+    stop_ids: Sequence[int] = (),
+    slots: int = 16,
+    prefill_tokens: int = 2048,
+    samples: Sequence[Sequence[int]] | None = None,
+) -> Iterator[Completion]:
+    """Completions as they finish, in no fixed order.
+
+    stop_ids: tokens that end a completion (see `end_tokens`), beside `options.stop_ids`. slots: sequences at a time.
+    prefill_tokens: about how many tokens of prompts are run at once. samples: which samples of each request are wanted
+    (default: 0 to options.n - 1). Raises UserError for a prompt that nothing can be drawn after.
+    """
+    wanted = [list(range(options.n)) for _ in requests] if samples is None else [list(own) for own in samples]
+    _check(model, requests, options)
+    with torch.inference_mode():
+        yield from _Engine(model, tokenizer, options, stop_ids, slots, prefill_tokens).run(requests, wanted)
+
+
+def end_tokens(tokenizer: Tokenizer, *configs: dict) -> tuple[int, ...]:
+    """Tokens that end a text: the tokenizer's EOS and the `eos_token_id` of config.json and generation_config.json."""
+    found = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    for config in configs:
+        value = config.get("eos_token_id")
+        found += [value] if isinstance(value, int) else value or []
+    return tuple(dict.fromkeys(found))
+
+
+def _check(model: Decoder, requests: Sequence[Request], options: SamplingOptions) -> None:
+    by_length = [layer.rope for layer in model.config.layers if layer.rope is not None and layer.rope.by_length]
+    for request in requests:
+        if not request.prompt_ids:
+            raise UserError(f"prompt '{request.id}': has no tokens, so nothing can be drawn after it; write something")
+        for rope in by_length[:1]:
+            original, length = rope.scaling.original_max_position_embeddings, len(request.prompt_ids)
+            kept = length > original and rope.scaling.kind == "longrope"
+            if not kept and length + options.max_tokens > original:
+                passed = f"{length} tokens and max_tokens {options.max_tokens} pass {original}"
+                problem = f"{passed}, where the model's {rope.scaling.kind} RoPE changes; lower max_tokens"
+                raise UserError(f"prompt '{request.id}': {problem}")
+
+
+class _Engine:
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        options: SamplingOptions,
+        stop_ids: Sequence[int],
+        slots: int,
+        prefill_tokens: int,
+    ) -> None:
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.stop_ids = {*stop_ids, *options.stop_ids}
+        self.prefill_tokens, self.most_slots = prefill_tokens, slots
+        self.device, self.dtype = model.head_weight.device, model.head_weight.dtype
+        self.waiting: deque[_Waiting] = deque()
+        self.running: list[_Running | None] = []
+        self.tokens: Tensor
+        self.seen: Tensor | None = None
+
+    def run(self, requests: Sequence[Request], wanted: Sequence[Sequence[int]]) -> Iterator[Completion]:
+        todo = deque((request, deque(own)) for request, own in zip(requests, wanted, strict=True) if own)
+        slots = min(self.most_slots, sum(len(own) for _, own in todo))
+        self.cache = SlotCache(self.model.config, slots, dtype=self.dtype, device=self.device)
+        self.running, self.tokens = [None] * slots, torch.zeros(slots, dtype=torch.int64)
+        if self.options.repetition_penalty != 1:
+            self.seen = torch.zeros(slots, self.model.config.vocab_size, dtype=torch.bool)
+        while todo or self.waiting or any(self.running):
+            yield from self._fill(todo)
+            if not any(self.running):
+                continue
+            if not todo and not self.waiting:
+                self._narrow()
+            yield from self._step()
+
+    def _fill(self, todo: deque) -> Iterator[Completion]:
+        """Begin samples in free slots, after running the prompts that they need."""
+        free = [slot for slot, own in enumerate(self.running) if own is None]
+        while free and (todo or self.waiting):
+            if not self.waiting:
+                self._run_prompts(todo, len(free))
+            begun: list[tuple[int, _Waiting]] = []
+            while free and self.waiting:
+                first = self.waiting[0]
+                slot = free.pop(0)
+                prompt_length = len(first.request.prompt_ids)
+                rope = next((layer.rope for layer in self.model.config.layers if layer.rope is not None), None)
+                beyond = rope is not None and rope.is_beyond((prompt_length,))
+                self.cache.put(slot, first.keys_and_values, beyond=beyond)
+                sample = first.samples.popleft()
+                numbers = uniform_numbers(self.options.seed, first.request.id, sample)
+                self.running[slot] = _Running(first.request, sample, numbers)
+                if self.seen is not None:
+                    self.seen[slot] = False
+                    self.seen[slot, torch.tensor(first.request.prompt_ids)] = True
+                begun.append((slot, first))
+                if not first.samples:
+                    self.waiting.popleft()
+            logits = torch.stack([waiting.logits for _, waiting in begun])
+            yield from self._take([slot for slot, _ in begun], logits)
+            free = [slot for slot, own in enumerate(self.running) if own is None]
+
+    def _run_prompts(self, todo: deque, places: int) -> None:
+        """The next prompts, for at most so many samples and about `prefill_tokens` tokens, at least one."""
+        chosen: list[tuple[Request, deque[int]]] = []
+        tokens = samples = 0
+        while todo and samples < places and (not chosen or tokens + len(todo[0][0].prompt_ids) <= self.prefill_tokens):
+            request, own = todo.popleft()
+            chosen.append((request, own))
+            tokens += len(request.prompt_ids)
+            samples += len(own)
+        groups = [
+            Group(request.id, np.array(request.prompt_ids, dtype=np.int32), (len(request.prompt_ids),), ((),))
+            for request, _ in chosen
+        ]
+        stream, cache = build_stream(groups), PromptCache()
+        lasts = torch.tensor([group.stop - 1 for group in stream.layout])
+        stream = Stream(**{**vars(stream), "score_index": lasts}).to(self.device)
+        logits = self.model(stream, output="next", cache=cache).float().cpu()
+        for (request, own), place, row in zip(chosen, stream.layout, logits, strict=True):
+            self.waiting.append(_Waiting(request, cache.cut(place.start, place.stop), row, own))
+
+    def _step(self) -> Iterator[Completion]:
+        """One token more for every slot in use."""
+        self.cache.begin()
+        nothing = torch.empty(0, dtype=torch.int64)
+        stream = Stream(self.tokens, self.cache.lengths.clone(), nothing, nothing, nothing, nothing, nothing, ())
+        logits = self.model(stream.to(self.device), output="next", cache=self.cache).float().cpu()
+        self.cache.advance()
+        busy = [slot for slot, own in enumerate(self.running) if own is not None]
+        yield from self._take(busy, logits if len(busy) == len(logits) else logits[busy])
+
+    def _take(self, slots: list[int], logits: Tensor) -> Iterator[Completion]:
+        """Choose a token for each of these slots from its logits; yields the samples that it ends."""
+        running = [self.running[slot] for slot in slots]
+        judged = logits
+        if self.seen is not None:
+            judged = penalised(logits, self.seen[slots], self.options.repetition_penalty)
+        uniforms = torch.zeros(len(slots), dtype=torch.float64)
+        if self.options.temperature > 0:
+            uniforms = torch.tensor([own.uniforms.random() for own in running], dtype=torch.float64)
+        chosen = next_tokens(judged, self.options, uniforms)
+        logps = logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(-1)
+        if self.seen is not None:
+            self.seen[slots, chosen] = True
+        self.tokens[slots] = chosen
+        for slot, own, token, logp in zip(slots, running, chosen.tolist(), logps.tolist(), strict=True):
+            own.ids.append(token)
+            own.logps.append(logp)
+            done = self._finished(own)
+            if done is not None:
+                self.running[slot] = None
+                self.cache.free(slot)
+                self.tokens[slot] = 0
+                yield done
+
+    def _finished(self, own: _Running) -> Completion | None:
+        reason, text = None, None
+        if own.ids[-1] in self.stop_ids:
+            reason, text = "stop", self._text(own.ids[:-1])
+        elif self.options.stop and (found := self._stopped_text(own.ids)) is not None:
+            reason, text = "stop", found
+        elif len(own.ids) == self.options.max_tokens:
+            reason, text = "length", self._text(own.ids)
+        if reason is None or text is None:
+            return None
+        prompt_tokens = len(own.request.prompt_ids)
+        return Completion(own.request.id, own.sample, own.ids, own.logps, text, reason, prompt_tokens)
+
+    def _stopped_text(self, ids: list[int]) -> str | None:
+        """The text before the first stop text, or None where there is none."""
+        longest = max(map(len, self.options.stop))
+        tail = self._text(ids[-(longest + TAIL) :])
+        if not any(stop in tail for stop in self.options.stop):
+            return None
+        text = self._text(ids)
+        places = [place for stop in self.options.stop if (place := text.find(stop)) >= 0]
+        return text[: min(places)] if places else None
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode([token for token in ids if not self.tokenizer.is_special(token)])
+
+    def _narrow(self) -> None:
+        """Halve the slots while at most half of them are in use and nothing is left to begin."""
+        busy = [slot for slot, own in enumerate(self.running) if own is not None]
+        if 2 * len(busy) > len(self.running):
+            return
+        kept = busy + [slot for slot, own in enumerate(self.running) if own is None]
+        kept = kept[: max(1, len(self.running) // 2)]
+        self.cache.keep(kept)
+        self.running, self.tokens = [self.running[slot] for slot in kept], self.tokens[kept]
+        self.seen = None if self.seen is None else self.seen[kept]

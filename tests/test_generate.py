@@ -1,0 +1,250 @@
+"""Drawing completions, against transformers' generate and against the model's own log-probs of what was drawn."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from family_fixtures import VARIANTS, VOCABULARY
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from data_tools.encode import Group
+from data_tools.errors import UserError
+from data_tools.tokenizer import Tokenizer, load_tokenizer
+from eval.generate import Completion, Request, end_tokens, generate
+from eval.sampling import SamplingOptions
+from trainer.batch import build_stream
+from trainer.models.decoder import Decoder
+from trainer.models.hf_weights import load_decoder
+from trainer.models.packed import pack_for_sampling
+
+GREEDY = SamplingOptions(max_tokens=24, temperature=0)
+LENGTHS = (3, 11, 1, 17, 6, 30, 2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir: Path) -> Tokenizer:
+    return load_tokenizer(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path) -> Decoder:
+    return load_decoder(tiny_model_dir).requires_grad_(False)
+
+
+def requests_of(lengths: tuple[int, ...], vocabulary: int, seed: int = 0) -> list[Request]:
+    numbers = np.random.default_rng(seed)
+    return [
+        Request(f"p{index}", tuple(numbers.integers(3, vocabulary, length).tolist()))
+        for index, length in enumerate(lengths)
+    ]
+
+
+def by_key(completions: list[Completion]) -> dict[tuple[str, int], Completion]:
+    found = {(each.request_id, each.sample): each for each in completions}
+    assert len(found) == len(completions)
+    return found
+
+
+def theirs_greedy(theirs: PreTrainedModel, request: Request, tokens: int, **options: float) -> tuple[list[int], Tensor]:
+    """transformers' tokens and the logits they were chosen from."""
+    ids = torch.tensor([request.prompt_ids])
+    out = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, eos_token_id=None,
+        pad_token_id=0, output_logits=True, return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    return out.sequences[0, ids.shape[1] :].tolist(), torch.stack(out.logits)[:, 0]
+
+
+FAMILIES = (
+    "llama", "mistral window", "qwen2", "qwen3", "smollm3 window", "gemma", "gemma2", "gemma3", "phi", "phi3",
+    "cohere", "cohere2", "olmo2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_equals_transformers(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Token for token in float32; where they part, the two best logits are within 1e-4 of each other."""
+    theirs = VARIANTS[name].model()
+    theirs.save_pretrained(tmp_path)
+    ours, requests = load_decoder(tmp_path).requires_grad_(False), requests_of(LENGTHS, VOCABULARY)
+    found = by_key(list(generate(ours, tokenizer, requests, GREEDY, slots=3)))
+    near = 0
+    for request in requests:
+        expected, logits = theirs_greedy(theirs, request, GREEDY.max_tokens)
+        own = found[request.id, 0].token_ids
+        assert len(own) == GREEDY.max_tokens
+        for step, (token, other) in enumerate(zip(own, expected, strict=True)):
+            if token != other:
+                best = logits[step].topk(2).values
+                assert best[0] - best[1] < 1e-4, (request.id, step)
+                near += 1
+                break
+    assert near <= 1
+
+
+def test_repetition_penalty_equals_transformers(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    theirs = VARIANTS["llama"].model()
+    theirs.save_pretrained(tmp_path)
+    ours, requests = load_decoder(tmp_path).requires_grad_(False), requests_of(LENGTHS, VOCABULARY)
+    options = SamplingOptions(max_tokens=24, temperature=0, repetition_penalty=1.3)
+    found = by_key(list(generate(ours, tokenizer, requests, options, slots=4)))
+    plain = by_key(list(generate(ours, tokenizer, requests, GREEDY, slots=4)))
+    for request in requests:
+        expected, _ = theirs_greedy(theirs, request, 24, repetition_penalty=1.3)
+        assert found[request.id, 0].token_ids == expected
+    assert any(found[key].token_ids != plain[key].token_ids for key in found)
+
+
+def scored(model: Decoder, request: Request, ids: list[int]) -> Tensor:
+    """(len(ids),) log-probs of a completion by the training path."""
+    prompt = len(request.prompt_ids)
+    group = Group(
+        "g", np.array([*request.prompt_ids, *ids], dtype=np.int32), (prompt, len(ids)), ((), ((0, len(ids)),))
+    )
+    with torch.no_grad():
+        return model(build_stream([group]))
+
+
+def test_log_probs_are_those_of_training(model: Decoder, tokenizer: Tokenizer) -> None:
+    """Before temperature, cuts and penalty."""
+    requests = requests_of((4, 9, 2), model.config.vocab_size)
+    options = SamplingOptions(max_tokens=15, temperature=0.7, top_p=0.8, repetition_penalty=1.2, n=3)
+    for each in generate(model, tokenizer, requests, options, slots=4):
+        request = next(request for request in requests if request.id == each.request_id)
+        expected = scored(model, request, each.token_ids)
+        torch.testing.assert_close(torch.tensor(each.logps), expected, rtol=0, atol=2e-5)
+
+
+def test_a_sample_depends_on_seed_prompt_and_number_only(model: Decoder, tokenizer: Tokenizer) -> None:
+    """Alone or among others, whatever slots there are and in which order; other numbers, seeds and ids differ."""
+    requests = requests_of((4, 9, 2, 12, 7), model.config.vocab_size)
+    options = SamplingOptions(max_tokens=20, temperature=1.0, n=4, seed=3)
+    together = by_key(list(generate(model, tokenizer, requests, options, slots=6)))
+    assert len(together) == 20
+    backwards = by_key(list(generate(model, tokenizer, requests[::-1], options, slots=2, prefill_tokens=10)))
+    alone = by_key(list(generate(model, tokenizer, requests[3:4], options, slots=1)))
+    one_of_them = by_key(list(generate(model, tokenizer, requests[3:4], options, samples=[[2]])))
+    for other in (backwards, alone, one_of_them):
+        assert all(together[key].token_ids == value.token_ids for key, value in other.items())
+    assert set(one_of_them) == {("p3", 2)}
+    assert len({tuple(each.token_ids) for each in together.values()}) == 20
+    changed = SamplingOptions(max_tokens=20, temperature=1.0, n=4, seed=4)
+    other_seed = by_key(list(generate(model, tokenizer, requests, changed, slots=6)))
+    renamed = [Request(f"other {request.id}", request.prompt_ids) for request in requests]
+    other_ids = by_key(list(generate(model, tokenizer, renamed, options, slots=6)))
+    assert all(together[key].token_ids != other_seed[key].token_ids for key in together)
+    assert all(together[key].token_ids != other_ids[f"other {key[0]}", key[1]].token_ids for key in together)
+
+
+def test_a_prompt_is_computed_once_for_all_its_samples(model: Decoder, tokenizer: Tokenizer) -> None:
+    lengths: list[int] = []
+    hook = model.register_forward_pre_hook(lambda module, given: lengths.append(len(given[0].tokens)))
+    try:
+        done = list(generate(model, tokenizer, requests_of((23, 19), 60), SamplingOptions(max_tokens=3, n=5), slots=4))
+    finally:
+        hook.remove()
+    assert len(done) == 10
+    assert sorted(length for length in lengths if length > 4) == [19, 23]  # the others are steps of at most 4 tokens
+
+
+def test_stops_at_tokens_and_texts(model: Decoder, tokenizer: Tokenizer) -> None:
+    (request,) = requests_of((6,), model.config.vocab_size)
+    (plain,) = generate(model, tokenizer, [request], GREEDY)
+    assert plain.finish_reason == "length" and len(plain.token_ids) == 24 and plain.prompt_tokens == 6
+    end = plain.token_ids[7]
+    first = plain.token_ids.index(end)
+    for given in ({"stop_ids": (end,)}, {}):
+        own = GREEDY if given else SamplingOptions(max_tokens=24, temperature=0, stop_ids=(end,))
+        (stopped,) = generate(model, tokenizer, [request], own, **given)
+        assert stopped.finish_reason == "stop"
+        assert stopped.token_ids == plain.token_ids[: first + 1]
+        assert stopped.text == tokenizer.decode(plain.token_ids[:first])
+    middle = plain.text[5:8]
+    own = SamplingOptions(max_tokens=24, temperature=0, stop=("no such text", middle))
+    (stopped,) = generate(model, tokenizer, [request], own)
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == plain.text[: plain.text.index(middle)]
+    assert plain.token_ids[: len(stopped.token_ids)] == stopped.token_ids
+    assert middle in tokenizer.decode(stopped.token_ids)
+
+
+def test_slots_are_refilled_and_fewer_at_the_end(model: Decoder, tokenizer: Tokenizer) -> None:
+    """Samples end at different times (at a common token); at no time are more than 4 under way, at the end fewer."""
+    requests = requests_of((5,) * 12, model.config.vocab_size)
+    steps: list[int] = []
+    options = SamplingOptions(max_tokens=40, temperature=1.5, seed=1)
+    ends = tuple(range(3, model.config.vocab_size, 9))
+    hook = model.register_forward_pre_hook(lambda module, given: steps.append(len(given[0].tokens)))
+    try:
+        done = by_key(list(generate(model, tokenizer, requests, options, stop_ids=ends, slots=4, prefill_tokens=5)))
+    finally:
+        hook.remove()
+    steps = [length for length in steps if length != 5]  # prompts are of 5 tokens, and run one by one
+    assert len(done) == 12 and max(steps) == 4 and steps[-1] < 4
+    assert len({len(each.token_ids) for each in done.values()}) > 3
+    slow = by_key(list(generate(model, tokenizer, requests, options, stop_ids=ends, slots=1)))
+    assert all(slow[key].token_ids == each.token_ids for key, each in done.items())
+
+
+def test_long_outputs(tokenizer: Tokenizer, tiny_model_dir: Path) -> None:
+    """Past 1,000 tokens, over a cache that grows; log-probs are still those of the training path."""
+    model = load_decoder(tiny_model_dir).requires_grad_(False)
+    requests = requests_of((5, 40), model.config.vocab_size)
+    options = SamplingOptions(max_tokens=1100, temperature=1.0)
+    for each in generate(model, tokenizer, requests, options):
+        assert len(each.token_ids) == 1100
+        request = next(request for request in requests if request.id == each.request_id)
+        torch.testing.assert_close(torch.tensor(each.logps), scored(model, request, each.token_ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.long
+def test_past_ten_thousand_tokens(tokenizer: Tokenizer, model: Decoder) -> None:
+    (request,) = requests_of((5,), model.config.vocab_size)
+    (done,) = generate(model, tokenizer, [request], SamplingOptions(max_tokens=10_500, temperature=1.0))
+    assert len(done.token_ids) == 10_500
+    expected = scored(model, request, done.token_ids)
+    assert (torch.tensor(done.logps) - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama biases, tied", "gemma2", "phi", "phi3", "cohere qk norm"])
+def test_packed_bfloat16_models_give_the_logits_of_plain_ones(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    VARIANTS[name].model().save_pretrained(tmp_path)
+    request = requests_of((9,), VOCABULARY)[0]
+    truth = load_decoder(tmp_path).requires_grad_(False)
+    plain, packed = (load_decoder(tmp_path, dtype=torch.bfloat16).requires_grad_(False) for _ in range(2))
+    pack_for_sampling(packed)
+    options = SamplingOptions(max_tokens=12, temperature=1.0)
+    (done,) = generate(packed, tokenizer, [request], options)
+    exact, rounded = scored(truth, request, done.token_ids), scored(plain, request, done.token_ids)
+    error, baseline = ((x - exact).abs().mean().item() for x in (torch.tensor(done.logps), rounded))
+    assert error <= 2 * baseline + 2**-8, f"{error=} {baseline=}"
+
+
+def test_joined_products_change_nothing_in_float32(tiny_model_dir: Path, tokenizer: Tokenizer) -> None:
+    plain, joined = (load_decoder(tiny_model_dir).requires_grad_(False) for _ in range(2))
+    pack_for_sampling(joined)
+    assert joined.layers[0].self_attn.fused and joined.layers[0].mlp.fused
+    requests = requests_of((4, 9), plain.config.vocab_size)
+    found = [by_key(list(generate(each, tokenizer, requests, GREEDY))) for each in (plain, joined)]
+    for key, each in found[0].items():
+        assert found[1][key].token_ids == each.token_ids
+        assert found[1][key].logps == pytest.approx(each.logps, abs=1e-5)
+
+
+def test_end_tokens_come_from_all_that_name_them(tokenizer: Tokenizer) -> None:
+    eos = tokenizer.eos_id
+    assert eos is not None
+    assert end_tokens(tokenizer, {"eos_token_id": 7}, {"eos_token_id": [7, 9]}) == (eos, 7, 9)
+    assert end_tokens(tokenizer, {}, {"eos_token_id": None}) == (eos,)
+
+
+def test_what_cannot_be_drawn_is_refused(model: Decoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="prompt 'empty': has no tokens"):
+        list(generate(model, tokenizer, [Request("empty", ())], GREEDY))
+    VARIANTS["llama dynamic rope"].model().save_pretrained(tmp_path)
+    dynamic = load_decoder(tmp_path)
+    assert len(list(generate(dynamic, tokenizer, requests_of((40,), VOCABULARY), GREEDY))) == 1
+    with pytest.raises(UserError, match="prompt 'p0': 41 tokens and max_tokens 24 pass 64, where the model's dynamic"):
+        list(generate(dynamic, tokenizer, requests_of((41,), VOCABULARY), GREEDY))
