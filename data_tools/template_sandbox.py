@@ -2,9 +2,9 @@
 
 jinja2's own sandbox keeps a template from Python's internals. It does not keep it from running for hours, filling the
 memory or crashing Python, so here everything that repeats, grows or looks through much is counted: each run of a block,
-each call, filter and test, each string or list that an operator, a method, a filter or the output makes, each value that
-is compared, printed or used as a key. Sizes are known before anything is made, and nothing is computed while a template
-is compiled. What is left of methods and filters is a list of those that chat templates use.
+each call, filter and test, each string or list that an operator, a method or a filter makes, each value that is
+compared, printed or used as a key. Sizes are known before anything is made, and nothing is computed while a template is
+compiled. What is left of methods and filters is a list of those that chat templates use.
 
 Counting costs a template some tens of microseconds and needs no process, signal or trace. One environment renders one
 text at a time.
