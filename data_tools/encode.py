@@ -8,7 +8,7 @@ spellings are marked, the marked row is rendered, and only control tokens withou
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -173,6 +173,31 @@ def encode_records(
         problem = f"all {len(records)} rows are longer than data.max_length = {options.max_length}; raise it"
         raise UserError(f"{problem}, or cut rows with data.overlong (now {options.overlong})")
     return groups, report
+
+
+def encode_prompts(
+    records: Sequence[Record], tokenizer: Tokenizer, template: ChatTemplate | None, *, special_tokens: str = "text"
+) -> list[list[int]]:
+    """The prompts of records as tokens to go on from, just as in training; completions, where there are any, do not
+    matter. special_tokens: as in EncodeOptions. Raises DataErrors, TemplateError or TokenizerError."""
+    found: list[list[int]] = []
+    errors: list[DataError] = []
+    for start in range(0, len(records), CHUNK):
+        rendered = []
+        for record in records[start : start + CHUNK]:
+            bare = replace(record, completions=())
+            try:
+                spelled = _spelled_special(bare, tokenizer, EncodeReport())
+                row = render(bare, tokenizer, template)
+                if spelled is not None and special_tokens == "text":
+                    row = render_marked(row, spelled, tokenizer, template)
+                rendered.append(row)
+            except DataError as error:
+                _collect(errors, error)
+        found += [prompt for _, prompt, _ in _tokenize(rendered, tokenizer)]
+    if errors:
+        raise DataErrors(errors, more=False)
+    return found
 
 
 def _collect(errors: list[DataError], error: DataError) -> None:

@@ -6,7 +6,7 @@ goes on by one token at a time over keys and values that are kept. Prompts and s
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -79,17 +79,19 @@ def generate(
     slots: int = 16,
     prefill_tokens: int = 2048,
     samples: Sequence[Sequence[int]] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Completion]:
     """Completions as they finish, in no fixed order.
 
     stop_ids: tokens that end a completion (see `end_tokens`), beside `options.stop_ids`. slots: sequences at a time.
     prefill_tokens: about how many tokens of prompts are run at once. samples: which samples of each request are wanted
-    (default: 0 to options.n - 1). Raises UserError for a prompt that nothing can be drawn after.
+    (default: 0 to options.n - 1). stopped: asked between tokens, true ends it all. Raises
+    UserError for a prompt that nothing can be drawn after.
     """
     wanted = [list(range(options.n)) for _ in requests] if samples is None else [list(own) for own in samples]
     _check(model, requests, options)
     with torch.inference_mode():
-        yield from _Engine(model, tokenizer, options, stop_ids, slots, prefill_tokens).run(requests, wanted)
+        yield from _Engine(model, tokenizer, options, stop_ids, slots, prefill_tokens).run(requests, wanted, stopped)
 
 
 def end_tokens(tokenizer: Tokenizer, *configs: dict) -> tuple[int, ...]:
@@ -134,14 +136,18 @@ class _Engine:
         self.tokens: Tensor
         self.seen: Tensor | None = None
 
-    def run(self, requests: Sequence[Request], wanted: Sequence[Sequence[int]]) -> Iterator[Completion]:
+    def run(
+        self, requests: Sequence[Request], wanted: Sequence[Sequence[int]], stopped: Callable[[], bool]
+    ) -> Iterator[Completion]:
         todo = deque((request, deque(own)) for request, own in zip(requests, wanted, strict=True) if own)
+        if not todo:
+            return
         slots = min(self.most_slots, sum(len(own) for _, own in todo))
         self.cache = SlotCache(self.model.config, slots, dtype=self.dtype, device=self.device)
         self.running, self.tokens = [None] * slots, torch.zeros(slots, dtype=torch.int64)
         if self.options.repetition_penalty != 1:
             self.seen = torch.zeros(slots, self.model.config.vocab_size, dtype=torch.bool)
-        while todo or self.waiting or any(self.running):
+        while (todo or self.waiting or any(self.running)) and not stopped():
             yield from self._fill(todo)
             if not any(self.running):
                 continue

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from data_tools.chat_template import load_chat_template
 from data_tools.errors import UserError
+from data_tools.template_check import check_template
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import ModelError
 from trainer.memory_plan import activation_bytes, parameter_shapes
@@ -162,7 +163,7 @@ def _describe_tokenizer(found: Findings, config: ModelConfig, folder: Path, raw:
     found.say("special tokens", (shown or "neither BOS nor EOS") + adds)
     if tokenizer.eos_id is None:
         found.odd.append("no eos_token: rows of plain strings cannot be trained on")
-    ends = set(_ids(raw.get("eos_token_id"))) | set(_ids(_generation_config(folder).get("eos_token_id")))
+    ends = set(_ids(raw.get("eos_token_id"))) | set(_ids(generation_config(folder).get("eos_token_id")))
     if tokenizer.eos_id is not None and ends and tokenizer.eos_id not in ends:
         found.odd.append(
             f"the tokenizer's eos_token is {tokenizer.eos_id}, config.json and generation_config.json stop at "
@@ -175,7 +176,8 @@ def _ids(value: object) -> list[int]:
     return [value] if isinstance(value, int) else [each for each in value or [] if isinstance(each, int)]
 
 
-def _generation_config(folder: Path) -> dict:
+def generation_config(folder: Path) -> dict:
+    """The object in `generation_config.json`; {} where there is none that can be read."""
     try:
         value = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -193,3 +195,8 @@ def _describe_template(found: Findings, folder: Path, tokenizer: Tokenizer) -> N
         found.say("chat template", "none: rows of messages need data.chat_template")
         return
     found.say("chat template", f"from {template.path.name}")
+    checked = check_template(template, tokenizer)
+    for line in checked.lines():
+        found.say("", line)
+    if not checked.fits:
+        found.odd.append("the chat template does not fit training: see above")
