@@ -203,10 +203,10 @@ def test_a_full_disk_leaves_no_adapter(tiny_model_dir: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "settings",
     [
-        ("train.activation_checkpointing=full",),
+        pytest.param(("train.activation_checkpointing=full",), marks=pytest.mark.long),
         ("train.activation_checkpointing=full", "train.dtype=bf16"),
         ("lora.use_dora=true", "reference.mode=model", "dist.grad_sync=last"),
-        ("dist.strategy=replicas",),
+        pytest.param(("dist.strategy=replicas",), marks=pytest.mark.long),
     ],
     ids=lambda settings: "_".join(settings),
 )
@@ -225,6 +225,7 @@ def test_two_ranks_have_the_curve_of_one(settings: tuple[str, ...], tiny_model_d
     assert sum(path.stat().st_size for path in (tmp_path / "two" / "export").glob("*.safetensors")) > 0
 
 
+@pytest.mark.long
 def test_another_number_of_ranks_goes_on_from_a_continued_adapter(
     trained: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ from trainer.models import gguf_import
 from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
 from trainer.quantised import GgufWeight, Nf4Weight, PackedWeight, packed_layers, packed_linear
+from trainer.reference_cache import read_cache_file
 
 KIND = gguf.GGMLQuantizationType
 needs_bitsandbytes = pytest.mark.skipif(
@@ -160,7 +161,8 @@ def test_runs_on_a_gguf(gguf_model: tuple[Path, Path], tmp_path: Path, capsys: p
     wanted = run(tmp_path, "plain", folder, cache)
     assert losses(found)[0] == pytest.approx(LN2, abs=1e-5)
     assert losses(found) == pytest.approx(losses(wanted), rel=1e-4)
-    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2, "a quantised reference has its own file"
+    caches = (tmp_path / "cache").glob("*.safetensors")
+    assert sorted(str(read_cache_file(file)[0]["quantisation"]) for file in caches) == ["gguf", "none"]
     merged, plain = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("packed", "plain"))
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, plain[name], rtol=1e-3, atol=1e-3)
@@ -169,7 +171,13 @@ def test_runs_on_a_gguf(gguf_model: tuple[Path, Path], tmp_path: Path, capsys: p
     assert losses(on)[0] == pytest.approx(LN2, abs=1e-5)
     again = run(tmp_path, "mode", folder, *packed, "reference.mode=model", "train.activation_checkpointing=full")
     assert losses(again) == pytest.approx(losses(found), rel=1e-5)
-    # each rank holds the packed weights whole
+
+
+@pytest.mark.long
+def test_two_ranks_hold_the_packed_weights_whole(gguf_model: tuple[Path, Path], tmp_path: Path) -> None:
+    path, folder = gguf_model
+    packed = ("model.quantise=gguf", f"model.gguf={path}")
+    found = run(tmp_path, "one", folder, *packed)
     argv = arguments(tmp_path / "two", folder, *LORA, *packed, f"data.chat_template={folder.parent / 'chatml.jinja'}")
     assert run_ranks(argv, tmp_path, 2) == [0, 0]
     assert losses(read_metrics(tmp_path / "two")) == pytest.approx(losses(found), rel=2e-5)
