@@ -76,16 +76,21 @@ class _Head:
     def part(self, slab: Slab) -> Tensor:
         return self.weight[slab.start : slab.stop]
 
-    def target_logits(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits at `targets`, (N,) wide, and the weights they come from, (N, D)."""
+    def target_logits(self, targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The logits at `targets` and with a softcap their slopes, (N,) wide, and the weights behind them, (N, D)."""
         weights = self.weight.index_select(0, targets)
         logits = (self.hidden.to(self.wide) * weights).sum(1)
-        return self._finish(logits, None if self.bias is None else self.bias.index_select(0, targets)), weights
+        slope = self.new_slope(logits)
+        bias = None if self.bias is None else self.bias.index_select(0, targets)
+        return self._finish(logits, bias, slope), slope, weights
 
-    def centered_logits(self, slab: Slab, center: Tensor, product: Tensor, rows: Tensor | None = None) -> Tensor:
+    def centered_logits(
+        self, slab: Slab, center: Tensor, product: Tensor, rows: Tensor | None = None, slope: Tensor | None = None
+    ) -> Tensor:
         """logits - center of a slab, (N, B) wide; of all rows, or of `rows` (K,), whose centers are `center` (K,).
 
         product (N, B), in the inputs' dtype, is written over; where that dtype is wide, it is what is returned.
+        slope (N, B) wide, or None: the derivative of the capped logits by the uncapped ones is written into it.
         """
         left, part, column = self.left if rows is None else self.left[rows], self.part(slab), center[:, None]
         bias = None if self.bias is None else self.bias[slab.start : slab.stop]
@@ -96,17 +101,22 @@ class _Head:
         # in wide dtypes subtracting afterwards is as exact, and faster
         torch.mm(left, part.T, out=product)
         logits = self.widened(product) if rows is None else product.to(self.wide)
-        return self._finish(logits, bias).sub_(column)
+        return self._finish(logits, bias, slope).sub_(column)
 
-    def _finish(self, products: Tensor, bias: Tensor | None) -> Tensor:
+    def _finish(self, products: Tensor, bias: Tensor | None, slope: Tensor | None = None) -> Tensor:
         """Bias and softcap, in place."""
         if bias is not None:
             products += bias
-        return products if self.softcap is None else products.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.softcap is None:
+            return products
+        products.div_(self.softcap).tanh_()
+        if slope is not None:  # 1 - tanh^2, from tanh itself: near 1, each rounding on a way back to it would show
+            torch.square(products, out=slope).neg_().add_(1.0)
+        return products.mul_(self.softcap)
 
-    def slope(self, logits: Tensor) -> Tensor:
-        """The derivative of capped logits by uncapped ones: the derivative of tanh is 1 - tanh^2."""
-        return logits.div(self.softcap).square_().neg_().add_(1.0)
+    def new_slope(self, logits: Tensor) -> Tensor | None:
+        """Room for the slopes of `logits`, in their shape, wide, where there is a softcap."""
+        return None if self.softcap is None else torch.empty_like(logits, dtype=self.wide)
 
     def widened(self, values: Tensor) -> Tensor:
         """`values` wide: themselves, or a copy in a scratch matrix that is made once."""
@@ -137,14 +147,12 @@ class _Sums:
     def add(self, slab: Slab, exps: Tensor, *, keep: bool) -> None:
         """Add up a slab. exps (N, B), in the inputs' dtype: room to work in; with `keep`, holds exp * slope then."""
         keep = keep or self.weighted is not None
-        values = self.head.centered_logits(slab, self.center, exps)
+        slope = self.head.new_slope(exps) if keep else None
+        values = self.head.centered_logits(slab, self.center, exps, slope=slope)
         if self.top is not None:
             torch.maximum(self.top, values.amax(1) + self.center, out=self.top)
             self.seen[slab.rows] = values[slab.rows, slab.columns] + self.center[slab.rows]
         logits = values.clone() if self.moment is not None else None
-        slope = None
-        if keep and self.head.softcap is not None:
-            slope = self.head.slope(values + self.center[:, None])
         sums = self._sum_without_targets(_exp_(values), slab)
         high = (sums > RAISE_ABOVE[exps.dtype]).nonzero().squeeze(1)
         if len(high):
@@ -252,7 +260,7 @@ class _LinearLogps(torch.autograd.Function):
         head = _Head(hidden, weight, bias, options.softcap)
         inside = (columns >= 0) & (columns < len(weight))
         # a row without its target here starts at the logit of some token that is
-        first_logits, first_weights = head.target_logits(columns.clamp(0, len(weight) - 1))
+        first_logits, first_slope, first_weights = head.target_logits(columns.clamp(0, len(weight) - 1))
         target_logits = first_logits.masked_fill(~inside, -torch.inf)
         sums = _Sums(head, first_logits, options, with_weighted=by_hidden and not in_backward)
         slabs = cut_slabs(columns, len(weight))
@@ -274,8 +282,8 @@ class _LinearLogps(torch.autograd.Function):
         # 1 - p comes from logp through expm1: as a difference of rounded numbers it would be lost for an almost sure
         # token
         pull = -torch.expm1(logps)
-        if options.softcap is not None:
-            pull = pull * head.slope(first_logits)
+        if first_slope is not None:
+            pull = pull * first_slope
         for slab, center in zip(slabs, centers, strict=True):
             if room.keeps(slab):
                 _put_target_entries(room.place(slab), slab, pull, _gap(center, normaliser))
@@ -352,8 +360,8 @@ class _Factors:
 
 def _recompute(head: _Head, slab: Slab, center: Tensor, exps: Tensor, pull: Tensor, gap: Tensor) -> None:
     """Fill `exps` (N, B) with what the stash would hold of the slab, for these centers."""
-    values = head.centered_logits(slab, center, exps)
-    slope = None if head.softcap is None else head.slope(values + center[:, None])
+    slope = head.new_slope(exps)
+    values = head.centered_logits(slab, center, exps, slope=slope)
     _exp_(values)
     if slope is not None:
         values *= slope
