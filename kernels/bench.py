@@ -37,6 +37,8 @@ SETTINGS = ("dtype", "rows", "width", "vocab", "matmul", "clock", "threads")
 """What must be equal, beside the device, where two files are compared."""
 ROOT = Path(__file__).resolve().parent.parent
 ERROR_ROWS = 64
+OTHER_NAMES = {"logps_from_logits": "logits_logps", "swiglu": "swiglu_linear", "geglu": "geglu_linear"}
+"""Functions of the package by the row that measures them."""
 MOST_SETS = 256
 """Of inputs that take turns."""
 HEAD = f"{'':30}{'error':>9}{'grad err':>9}{'ms':>10}{'speed':>17}{'share':>7}{'MiB':>8}"
@@ -51,14 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
     about = describe(options)
     try:
         older = read_older(options.compare, about) if options.compare else {}
+        ways = {op: variants(op, DTYPES[options.dtype], torch.device(options.device)) for op in options.op}
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {about['dtype']}")
     readings = []
-    for op in options.op:
+    for op, found in ways.items():
         print(f"\n{op}: {shape_words(op, sizes_of(options))}\n{HEAD}")
-        for variant in variants(op, DTYPES[options.dtype], torch.device(options.device)):
+        for variant in found:
             row = run_row(op, variant, arguments)
             print(row_words(row, older.get((op, variant.name))), flush=True)
             readings.append(row)
@@ -69,7 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", nargs="+", choices=list(OPERATORS), default=list(OPERATORS), help="default: all")
+    parser.add_argument(
+        "--op",
+        nargs="+",
+        type=lambda name: OTHER_NAMES.get(name, name),
+        choices=list(OPERATORS),
+        default=list(OPERATORS),
+        help="default: all",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, where there is one")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--rows", type=int, help="tokens (default 1024, on a GPU 8192)")
@@ -98,6 +108,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name in ("rows", "width", "vocab", "repeats"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    if options.json and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
+        parser.error(f"--json {options.json}: must be a file in a folder that exists")
     if options.width % 2:
         parser.error(f"--width {options.width}: must be even, rope turns pairs")
     return options

@@ -101,7 +101,7 @@ def variants(op: str, dtype: torch.dtype, device: torch.device) -> list[Variant]
         return found + _other_heads(dtype, device) + _own_heads(dtype, device)
     liger = "its rope is of queries and keys at once" if operator.liger is None else _no_package("liger_kernel", device)
     found.append(Variant("Liger", lambda _: (operator.liger(_liger()), ""), times, operator.trained, liger))
-    for impl in dict.fromkeys(("cpu", dispatch.resolve("auto", device))):
+    for impl in dict.fromkeys(("cpu", dispatch.resolve("auto", device, dtype))):
         found.append(Variant(f"ours, {impl}", _always(_with_impl(operator.ours, impl)), times, operator.trained))
         if op == "logits_logps":
             in_place = _with_impl(_logps_in_place, impl)
@@ -140,7 +140,7 @@ def _other_heads(dtype: torch.dtype, device: torch.device) -> list[Variant]:
 
 def _own_heads(dtype: torch.dtype, device: torch.device) -> list[Variant]:
     forms: dict[str, Callable[[bool], Function]] = {"cpu": lambda stash: _with_impl(_head(stash), "cpu")}
-    if dispatch.resolve("auto", device) == "triton":
+    if dispatch.resolve("auto", device, dtype) == "triton":
         plans = {"fused": {}, "vendor": {"backend": "vendor"}}
         if choose_plan(torch.empty(1, 64, dtype=dtype, device=device)).source == "descriptors":
             plans["pointers"] = {"source": "pointers"}  # fused too

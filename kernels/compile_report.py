@@ -103,8 +103,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--op", help="one operator only, as in kernels/<op>_triton.py")
     parser.add_argument("--target", choices=TARGETS, help="one target only")
     options = parser.parse_args(arguments)
-    if options.json and not Path(options.json).parent.is_dir():
-        parser.error(f"--json {options.json}: its folder does not exist; make it first")
+    if options.json and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
+        parser.error(f"--json {options.json}: must be a file in a folder that exists")
     return options
 
 

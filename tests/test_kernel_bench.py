@@ -191,6 +191,18 @@ def test_the_command_prints_and_writes_the_same_rows_and_compares_its_own_device
         assert code == 2 and not found.out and words in found.err and len(found.err.splitlines()) == 1
 
 
+def test_functions_of_the_package_name_rows_too() -> None:
+    assert bench.parse(["--op", "logps_from_logits", "geglu", "rope"]).op == ["logits_logps", "geglu_linear", "rope"]
+
+
+def test_an_implementation_that_cannot_run_here_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGRATIO_KERNELS", "tritom")
+    assert bench.main(["--op", "rope", *SMALL]) == 2
+    assert "must be one of auto" in capsys.readouterr().err
+
+
 def test_a_row_that_fails_says_why() -> None:
     way = Variant("nothing", bench_cases._always(reference.apply_rope), 1, 1)
     row = bench.run_row("rope", way, [*SMALL])
@@ -203,6 +215,8 @@ def test_a_row_that_fails_says_why() -> None:
         (["--rows", "0"], "--rows 0: must be at least 1"),
         (["--width", "63"], "--width 63: must be even"),
         (["--device", "cuda"], "--device cuda: PyTorch finds no GPU here"),
+        (["--json", "no/such/folder/f.json"], "--json no/such/folder/f.json: must be a file in a folder that exists"),
+        (["--json", "."], "--json .: must be a file in a folder that exists"),
     ],
 )
 def test_bad_options_are_refused(

@@ -163,7 +163,7 @@ def test_what_the_user_can_mend_exits_with_2(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         compile_report.main(["--json", str(tmp_path / "none" / "rows.json")])
-    assert "its folder does not exist" in capsys.readouterr().err
+    assert "must be a file in a folder that exists" in capsys.readouterr().err
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert compile_report.main([]) == 2
     assert "TRITON_INTERPRET=1" in capsys.readouterr().err
