@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from family_fixtures import VARIANTS
 from model_fixtures import random_group
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -95,6 +96,23 @@ def test_peft_loads_ours_and_we_load_ours(case: str, tiny_model_dir: Path, tmp_p
     torch.testing.assert_close(logits(load_decoder(tmp_path / "merged")), wanted, **CLOSE)
     merged = their_logits(theirs.merge_and_unload())
     torch.testing.assert_close(their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), merged, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "phi", "phi3", "cohere", "olmo2"])
+@pytest.mark.parametrize("case", ["plain", "dora"])
+def test_families(name: str, case: str, tmp_path: Path) -> None:
+    """Fused and biased layers, plain MLPs, other names: all of them get an adapter, and peft finds them again."""
+    VARIANTS[name].model().save_pretrained(tmp_path / "base")
+    model = our_model(tmp_path / "base", CASES[case])
+    wanted = logits(model)
+    save_ours(model, tmp_path / "adapter", tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(wanted, their_logits(theirs), rtol=1e-4, atol=1e-4)
+    linears = [module for module in theirs.modules() if hasattr(module, "lora_A") and len(module.lora_A)]
+    assert len(linears) == len(lora_layers(model)) > 0
+    export_merged(adapter_of(model), CASES[case], source=tmp_path / "base", folder=tmp_path / "merged")
+    torch.testing.assert_close(logits(load_decoder(tmp_path / "merged")), wanted, rtol=1e-4, atol=1e-4)
 
 
 def adapter_of(model: Decoder) -> dict:
