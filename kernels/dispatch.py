@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import statistics
 import time
 from dataclasses import dataclass
 from types import ModuleType
@@ -24,13 +23,15 @@ VARIABLE = "LOGRATIO_KERNELS"
 logger = logging.getLogger("kernels")
 
 
-def resolve(impl: str = "auto", device: torch.device | None = None) -> str:
+def resolve(impl: str = "auto", device: torch.device | None = None, dtype: torch.dtype | None = None) -> str:
     """The implementation to run, "reference", "cpu" or "triton", for `impl` as a caller or the config names it.
 
-    device: where the tensors lie; None is a CPU. "auto" means what LOGRATIO_KERNELS says, else "triton" on a GPU and
-    "cpu" (PyTorch operators in a good order: they run on any device) elsewhere, and where Triton is not installed.
+    device: where the tensors lie; None is a CPU. dtype: theirs, where it is known. "auto" means what LOGRATIO_KERNELS
+    says, else "triton" on a GPU and "cpu" (PyTorch operators in a good order: they run on any device) elsewhere, and
+    where Triton is not installed.
     Says its choice once through logging. Raises ValueError for an unknown name, and for "triton" where it cannot run:
-    on tensors in CPU memory without Triton's interpreter (TRITON_INTERPRET=1), or without Triton.
+    on tensors in CPU memory without Triton's interpreter (TRITON_INTERPRET=1), in bfloat16 in the interpreter, which
+    computes with its bits as if they were a whole number (Triton 3.7), or without Triton.
     """
     source = "asked for"
     if impl == "auto":
@@ -47,6 +48,10 @@ def resolve(impl: str = "auto", device: torch.device | None = None) -> str:
             raise ValueError(
                 f"kernels 'triton' ({source}): the tensors are in CPU memory, Triton needs a GPU; use 'cpu' or 'auto', "
                 "or set TRITON_INTERPRET=1 to run the kernels slowly in its interpreter"
+            )
+        if not on_gpu and dtype == torch.bfloat16:
+            raise ValueError(
+                f"kernels 'triton' ({source}): Triton's interpreter computes bfloat16 wrongly; use float32, or 'cpu'"
             )
     if not torch.compiler.is_compiling():  # a graph cannot hold a message
         _say_once(impl, source)
@@ -75,7 +80,7 @@ class MatmulReading:
     error: float
     """Largest difference from the float64 product, over the largest magnitude of that product."""
     milliseconds: float
-    """Median time of the product, with the threads torch has now."""
+    """Least CPU time of the product, of all threads torch has now."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,14 @@ class MatmulChoice:
     medium: MatmulReading
 
 
-def choose_matmul_precision(rows: int = 512, width: int = 576, columns: int = 1536, repeats: int = 7) -> MatmulChoice:
+def choose_matmul_precision(rows: int = 512, width: int = 576, columns: int = 1536, repeats: int = 9) -> MatmulChoice:
     """Choose "medium" if float32 products are faster with it and err at most twice as much as with "highest".
 
-    Measured at (rows, width) x (width, columns) against float64, in about 0.1 s. "medium" lets PyTorch leave its
-    default library: on some processors that is faster and as exact, on others it rounds to bfloat16. The setting that
-    was found is restored.
+    Measured at (rows, width) x (width, columns) against float64, in about 0.2 s. Two runs on one machine are the same
+    bit for bit only if both choose the same, so what counts is the least CPU time of `repeats`, which other work on the
+    machine hardly changes: on a busy one the wall time changed its mind in every fifth run. "medium" lets PyTorch
+    leave its default library: on some processors that is faster and as exact, on others it rounds to bfloat16. The
+    setting that was found is restored.
     """
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(rows, width, generator=generator)
@@ -112,7 +119,7 @@ def choose_matmul_precision(rows: int = 512, width: int = 576, columns: int = 15
     finally:
         torch.set_float32_matmul_precision(found)
     # the first round pays for setting up the libraries
-    highest, medium = (MatmulReading(errors[name], statistics.median(times[name][1:]) * 1e3) for name in times)
+    highest, medium = (MatmulReading(errors[name], min(times[name][1:]) * 1e3) for name in times)
     return choose_precision(highest, medium)
 
 
@@ -123,6 +130,6 @@ def choose_precision(highest: MatmulReading, medium: MatmulReading) -> MatmulCho
 
 
 def _timed_product(left: Tensor, right: Tensor) -> tuple[Tensor, float]:
-    start = time.perf_counter()
+    start = time.process_time()
     product = left @ right
-    return product, time.perf_counter() - start
+    return product, time.process_time() - start

@@ -55,7 +55,7 @@ def linear_logps(
     options = HeadOptions(scale, softcap, with_entropy, with_argmax, stash, vocab_start, combine)
     _check_options(options)
     _check_targets(targets, len(weight), vocab_start)
-    run = _implementation(impl, hidden.device)
+    run = _implementation(impl, hidden)
     if vocab_start is not None and combine is None:
         with torch.no_grad():
             return run(hidden, weight, targets, bias, options)
@@ -63,8 +63,8 @@ def linear_logps(
     return found if with_entropy or with_argmax else found.logps
 
 
-def _implementation(impl: str, device: torch.device) -> Callable[..., Any]:
-    name = dispatch.resolve(impl, device)
+def _implementation(impl: str, hidden: Tensor) -> Callable[..., Any]:
+    name = dispatch.resolve(impl, hidden.device, hidden.dtype)
     if name == "reference":
         return reference.run_linear_logps
     return linear_logps_cpu.run if name == "cpu" else dispatch.triton_module("linear_logps").run

@@ -106,7 +106,7 @@ def logps_from_logits(logits: Tensor, targets: Tensor, *, inplace: bool = False,
     _check(logits, targets)
     if inplace and logits.requires_grad and logits.is_leaf:
         raise ValueError("logps_from_logits: inplace=True would overwrite logits that are a leaf; leave it out")
-    impl = dispatch.resolve(impl, logits.device)
+    impl = dispatch.resolve(impl, logits.device, logits.dtype)
     if impl == "reference":
         return reference.logps_from_logits(logits, targets)
     if len(logits) and (logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]):

@@ -90,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Te
     Raises ValueError if shapes or dtypes do not fit, or the implementation does not support them.
     """
     _check("rms_norm", x, weight)
-    impl = dispatch.resolve(impl, x.device)
+    impl = dispatch.resolve(impl, x.device, x.dtype)
     if impl == "reference":
         return reference.rms_norm(x, weight, eps)
     return _AddRMSNorm.apply(x, None, weight, eps, impl)[1]
@@ -112,7 +112,7 @@ def add_rms_norm(
             f"add_rms_norm: residual is {residual.dtype} {tuple(residual.shape)}, x {x.dtype} {tuple(x.shape)}; "
             "must be the same"
         )
-    impl = dispatch.resolve(impl, x.device)
+    impl = dispatch.resolve(impl, x.device, x.dtype)
     if impl == "reference":
         return reference.add_rms_norm(x, residual, weight, eps)
     return _AddRMSNorm.apply(x, residual, weight, eps, impl)

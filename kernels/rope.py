@@ -52,7 +52,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Te
         raise ValueError(f"apply_rope needs x (T, H, h) with even h, cos and sin (T, h/2); got {shapes}")
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("apply_rope: cos and sin get no gradient; detach them")
-    impl = dispatch.resolve(impl, x.device)
+    impl = dispatch.resolve(impl, x.device, x.dtype)
     if impl == "reference":
         return reference.apply_rope(x, cos, sin)
     return _ApplyRope.apply(x, cos, sin, impl)

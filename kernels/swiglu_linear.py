@@ -85,7 +85,7 @@ def geglu_linear(gate: Tensor, up: Tensor, weight: Tensor, *, impl: str = "auto"
 
 def _gated(operator: str, activation: str, gate: Tensor, up: Tensor, weight: Tensor | None, impl: str) -> Tensor:
     _check(operator, gate, up, weight)
-    impl = dispatch.resolve(impl, gate.device)
+    impl = dispatch.resolve(impl, gate.device, gate.dtype)
     if impl == "reference":
         product = reference.gated(gate, up, activation)
         return product if weight is None else product @ weight.T

@@ -9,6 +9,10 @@ from kernels import dispatch, reference
 from kernels import linear_logps as linear_logps_module
 from kernels.dispatch import MatmulReading, choose_matmul_precision, resolve
 from kernels.linear_logps import linear_logps
+from kernels.logits_logps import logps_from_logits
+from kernels.rms_norm import rms_norm
+from kernels.rope import apply_rope
+from kernels.swiglu_linear import swiglu
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +54,24 @@ def test_triton_on_a_gpu_in_the_interpreter_and_when_it_is_missing(monkeypatch: 
         resolve("triton", gpu)
 
 
+def test_bfloat16_is_refused_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products of bfloat16 are of the bits: log-probs of -1e9, and a run would train on them."""
+    pytest.importorskip("triton", reason="the package triton is for Linux only")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    cpu, rows = torch.device("cpu"), torch.ones(2, 4, dtype=torch.bfloat16)
+    assert resolve("triton", cpu, torch.float32) == resolve("triton", torch.device("cuda"), torch.bfloat16) == "triton"
+    assert resolve("auto", cpu, torch.bfloat16) == "cpu"
+    for function in (
+        lambda: linear_logps(rows, rows, torch.tensor([0, 1]), impl="triton"),
+        lambda: logps_from_logits(rows, torch.tensor([0, 1]), impl="triton"),
+        lambda: rms_norm(rows, rows[0], 1e-5, impl="triton"),
+        lambda: apply_rope(rows[None], torch.ones(1, 2), torch.ones(1, 2), impl="triton"),
+        lambda: swiglu(rows, rows, impl="triton"),
+    ):
+        with pytest.raises(ValueError, match="interpreter computes bfloat16 wrongly; use float32, or 'cpu'"):
+            function()
+
+
 def test_the_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="kernels"):
         for _ in range(3):
@@ -89,6 +111,17 @@ def test_precision_probe_measures_both_and_restores_the_setting() -> None:
         choice.medium.milliseconds < choice.highest.milliseconds and choice.medium.error <= 2 * choice.highest.error
     )
     assert choice.precision == ("medium" if better else "highest")
+
+
+def test_the_probe_takes_the_least_cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others do on the machine changes wall times and most readings, and with them a choice that must repeat."""
+    seconds = iter([9.0, 9.0, 0.5, 0.1, 0.2, 8.0])  # highest and medium in turn; the first of each is not counted
+    monkeypatch.setattr(dispatch, "_timed_product", lambda left, right: (left @ right, next(seconds)))
+    choice = choose_matmul_precision(4, 4, 4, repeats=3)
+    assert (choice.highest.milliseconds, choice.medium.milliseconds) == (200.0, 100.0)
+    monkeypatch.undo()
+    monkeypatch.setattr(dispatch.time, "perf_counter", None)  # the clock of the wall is not asked
+    assert choose_matmul_precision(4, 4, 4, repeats=2).highest.milliseconds >= 0
 
 
 @pytest.mark.parametrize(

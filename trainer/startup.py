@@ -223,7 +223,7 @@ def attention_form(config: Config, device: torch.device) -> str:
 def measured_choices(config: Config, device: torch.device) -> dict[str, object]:
     """What is decided by measurement: made by rank 0, the same on all ranks, kept in the manifest, reused on resume."""
     try:
-        impl = resolve(config.kernels.impl, device)
+        impl = resolve(config.kernels.impl, device, numerics.COMPUTE_DTYPES[config.train.dtype])
     except ValueError as error:
         raise ConfigError("kernels.impl", config.kernels.impl, str(error)) from None
     choices: dict[str, object] = {"impl": impl, "matmul": config.kernels.matmul}
