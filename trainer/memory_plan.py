@@ -30,8 +30,8 @@ ROW_OVERHEAD = 250
 """Bytes of a cached reference row besides its numbers: key, array object and place in the dictionary (CPython 3.11)."""
 HEAP_HOLES = 0.2
 """On a CPU without sharding, freed buffers stay with the process (trainer.numerics) and not every hole fits what comes
-next: this share is added to what is live. Measured with SmolLM2-135M: 0.12 to 0.18, in float32 with full activation
-checkpointing 0.37 (docs/scaling.md)."""
+next: this share is added to what is live. Measured with SmolLM2-135M: 0.09 to 0.18 (docs/scaling.md), once 0.37 in
+float32 with full activation checkpointing."""
 SHARDED_HEAP = 192 << 20
 """With sharding, large buffers are given back; what stays: oneDNN's programs, small buffers, gloo's. Measured too."""
 
