@@ -55,6 +55,7 @@ class Endpoint:
         self.stop_reason: str | None = None
         """Why nothing more is asked for, now and later: "stopped", "max_cost" or "errors"; else None."""
         self._run: _Run | None = None
+        self._dropping = False
 
     def __repr__(self) -> str:
         return f"Endpoint({self.config!r})"
@@ -72,8 +73,8 @@ class Endpoint:
         run.thread.start()
         run.ready.wait()
         self._run = run
-        if self.stop_reason is not None:
-            self.stop()
+        if self.stop_reason is not None:  # asked for before there was a run to tell
+            self.cancel() if self._dropping else self.stop()
         try:
             while True:
                 try:
@@ -102,6 +103,7 @@ class Endpoint:
 
     def cancel(self) -> None:
         """Drop what is in flight too. From any thread, or a signal handler."""
+        self._dropping = True
         self.stop()
         if self._run is not None:
             self._run.call(self._run.cancel)
@@ -124,6 +126,8 @@ class _Run:
         self.thread = threading.Thread(target=self._main, name="endpoint", daemon=True)
         self.fatal: BaseException | None = None
         self.stopped = asyncio.Event()
+        if endpoint.stop_reason is not None:
+            self.stopped.set()
         self._key, self._draw = key, draw
         self._loop: asyncio.AbstractEventLoop | None = None
         self.ready = threading.Event()

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from data_tools.endpoint_client import Endpoint, Result
 from data_tools.endpoint_config import EndpointConfig
 from data_tools.endpoint_http import EndpointError
 from data_tools.endpoint_limits import RetryPolicy
-from data_tools.endpoint_request import Question, Sampling
+from data_tools.endpoint_request import Answer, Question, Sampling
 from data_tools.errors import UserError
 from data_tools.schema import Message
 
@@ -54,7 +56,7 @@ def texts(results: list[Result]) -> dict[tuple[str, int], str | None]:
 # What happens, and whether the retries count as answers that may have been billed.
 FAULTS = {
     "silent": 1, "reset": 1, "half": 1, "half_json": 1, "half_chunk": 1, "malformed": 1, "html": 1, "empty": 1,
-    "no_reason": 1, "no_text": 1, "aborted": 1, "error_in_200": 1, "slow": 1, "drip": 1,
+    "no_reason": 1, "no_text": 1, "aborted": 1, "error_in_200": 1,
     "500": 0, "503": 0, "408": 0, "409": 0, "425": 0, "429": 0, "429:0.05": 0, "503:0.02": 0,
 }  # fmt: skip
 
@@ -63,7 +65,7 @@ def test_every_fault_is_survived_and_no_answer_is_billed_twice(cache: AnswerCach
     """The fault table, each fault twice in a row on a prompt of its own, all at once; then all again from the cache."""
     prompts = [*FAULTS, "fine", "also fine"]
     with FaultyServer({name: [name, name] for name in FAULTS}) as server:
-        settings = config(server.url, read_s=0.3, total_s=0.6, concurrency=12)
+        settings = config(server.url, concurrency=12)
         endpoint = Endpoint(settings, cache)
         found = texts(list(endpoint.results(ask(*prompts, n=1))))
         assert found == {(p, 0): f"{p.upper()} 10" for p in prompts}
@@ -76,6 +78,15 @@ def test_every_fault_is_survived_and_no_answer_is_billed_twice(cache: AnswerCach
         again = Endpoint(settings, cache)
         assert texts(list(again.results(ask(*prompts, n=1)))) == found
         assert len(server.requests) == seen and again.totals.cached == len(prompts) and again.totals.requests == 0
+
+
+def test_silence_and_drops_without_end_are_cut_off(cache: AnswerCache) -> None:
+    """The times are long for the two good answers, so that a busy machine does not cut them off too."""
+    with FaultyServer({"slow": ["slow"], "drip": ["drip"]}) as server:
+        endpoint = Endpoint(config(server.url, read_s=2.0, total_s=3.0), cache)
+        assert texts(list(endpoint.results(ask("slow", "drip")))) == {("slow", 0): "SLOW 10", ("drip", 0): "DRIP 10"}
+        assert server.billed == {("slow", 10): 1, ("drip", 10): 1}
+    assert endpoint.totals.retries == endpoint.totals.lost_answers == 2
 
 
 @pytest.mark.parametrize(
@@ -226,12 +237,12 @@ def test_twenty_failures_are_enough(cache: AnswerCache) -> None:
 
 
 def test_a_pause_that_the_server_asks_for_holds_for_all(cache: AnswerCache) -> None:
-    with FaultyServer({"a": ["429:0.4"]}) as server:
-        endpoint = Endpoint(config(server.url, concurrency=1), cache)
-        results = endpoint.results(ask("a", "b", "c"))
-        list(results)
-    # Times of the server's own clock: a bound from below, which a slow machine only widens.
-    assert server.arrivals[1] - server.arrivals[0] >= 0.4 and len(server.requests) == 4
+    prompts = ["busy", *(f"p{i}" for i in range(20))]
+    with FaultyServer({"busy": ["429:0.5"]}) as server:
+        list(Endpoint(config(server.url, concurrency=2), cache).results(ask(*prompts)))
+    assert len(server.arrivals) == 22
+    # The other worker had at most a few answers before the 429 was read; without the pause it has them all.
+    assert sum(when < server.arrivals[0] + 0.5 for when in server.arrivals) <= 6
 
 
 def test_the_rate_limits_hold_at_the_server(cache: AnswerCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,13 +283,47 @@ def test_ctrl_c_keeps_what_is_in_flight_and_the_cache_whole(cache: AnswerCache) 
     assert server.billed == {(p, 10): 1 for p in prompts}
 
 
+def test_a_keyboard_interrupt_is_raised_once_what_is_in_flight_is_handed_out(cache: AnswerCache) -> None:
+    prompts = [f"p{i}" for i in range(30)]
+    found = []
+    with FaultyServer() as server:
+        server.gate = threading.Event()
+        endpoint = Endpoint(config(server.url), cache)
+
+        def interrupt() -> None:
+            while server.held < 4:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            while endpoint.stop_reason is None:
+                time.sleep(0.01)
+            assert server.gate is not None
+            server.gate.set()
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            for result in endpoint.results(ask(*prompts)):
+                found.append(result)
+        thread.join()
+    assert len(found) == len(cache) == 4 and all(result.answer is not None for result in found)
+    assert server.billed == {(result.question.prompt, 10): 1 for result in found}
+
+
 def test_cancel_drops_what_is_in_flight(cache: AnswerCache) -> None:
     with FaultyServer({"a": ["slow"]}) as server:
         endpoint = Endpoint(config(server.url), cache)
-        timer = threading.Timer(0.2, endpoint.cancel)
-        timer.start()
+
+        def cancel() -> None:
+            while not server.requests:
+                time.sleep(0.01)
+            endpoint.cancel()
+
+        thread = threading.Thread(target=cancel)
+        thread.start()
         assert list(endpoint.results(ask("a"))) == []
-        timer.join()
+        thread.join()
+        # What is stopped stays stopped; another one goes on.
+        assert list(endpoint.results(ask("b"))) == [] and len(server.requests) == 1
         assert texts(list(Endpoint(config(server.url), cache).results(ask("a")))) == {("a", 0): "A 10"}
 
 
@@ -299,6 +344,18 @@ def test_two_runs_at_once_share_their_answers(tmp_path: Path) -> None:
             thread.join()
     assert found == [{(p, 0): f"{p.upper()} 10" for p in prompts}] * 3
     assert server.billed == {(p, 10): 1 for p in prompts}
+
+
+def test_an_answer_written_between_the_look_and_the_claim_is_taken(tmp_path: Path) -> None:
+    class Beaten(AnswerCache):
+        def claim(self, digest: str) -> bool:
+            with contextlib.closing(AnswerCache(self.path)) as other:
+                other.put(digest, Answer(text="of the other process", finish_reason="stop"))
+            return super().claim(digest)
+
+    with FaultyServer() as server, contextlib.closing(Beaten(tmp_path / "answers.jsonl")) as cache:
+        found = texts(list(Endpoint(config(server.url), cache).results(ask("a", "b"))))
+    assert found == {("a", 0): "of the other process", ("b", 0): "of the other process"} and not server.requests
 
 
 def test_the_key_is_sent_and_shown_nowhere(
