@@ -21,7 +21,7 @@ from trainer.config_sections import LoraConfig, section_defaults
 from trainer.errors import ConfigError
 from trainer.lora import ALL_LINEAR, LoraSettings
 from trainer.models.decoder import Decoder
-from trainer.models.hf_weights import INDEX_FILE, SINGLE_FILE, load_decoder
+from trainer.models.hf_weights import INDEX_FILE, SINGLE_FILE, load_decoder, weight_files
 from trainer.reference_cache import weights_digest
 from trainer.run_folder import ADAPTER, EXPORT
 
@@ -147,6 +147,13 @@ def check_results(config: Config, model: Decoder) -> None:
         raise ConfigError("lora.merge", True, problem)
     layers = {layer.name: (layer.out_features, layer.in_features) for layer in lora.lora_layers(model)}
     lora_files.merged_entries(folder, layers)
+
+
+def merged_bytes(config: Config) -> int:
+    """Of a merged export's weights, which are as large as those of model.path; 0: there will be none."""
+    if not (config.lora.enabled and config.lora.merge and config.run.export):
+        return 0
+    return sum(path.stat().st_size for path in weight_files(config.model.path))
 
 
 def write_results(config: Config, model: Decoder, named_masters: list[tuple[str, Tensor]], folder: Path) -> list[Path]:

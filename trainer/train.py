@@ -165,7 +165,8 @@ def _checkpoints(config: Config) -> list[Path]:
 def _open_metrics(run: Run, folder: Path) -> MetricsWriter:
     """Cut the rows past the run's step, save the resolved config. Raises RunError, before a change where it can."""
     masters = sum(tensor.numel() * tensor.element_size() for tensor in run.masters.masters)
-    require_free_space(folder, 4 * masters)  # one checkpoint (weights and two moments) and the export
+    merged = adapt.merged_bytes(run.config)
+    require_free_space(folder, 4 * masters + merged)  # one checkpoint (weights and two moments) and the export
     config = folder / "config.toml"
     if config.is_dir():
         raise RunError(config, "is a folder where the run writes a file; move it away")
