@@ -48,7 +48,7 @@ class Variant:
             for name, parameter in model.named_parameters():
                 norm = "norm" in name and name.endswith("weight")
                 center = 1.0 if norm and not self.prefix.startswith("Gemma") else 0.0
-                parameter.copy_(center + 0.2 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(center + 0.13 * torch.randn(parameter.shape, generator=generator))
         return model.eval()
 
 
