@@ -27,6 +27,9 @@ Kind = Literal["pair", "sft"]
 ROLES = ("system", "user", "assistant")
 COLUMNS = ("id", "prompt", "chosen", "rejected", "messages", "completion", "text", "weight")
 
+LEAST_WEIGHT = 1e-10
+"""And its inverse is the largest: float32 holds a weight of 1e39 as infinity, one of 1e-46 as 0."""
+
 # Columns that other tools use for what is meant here, so that the error can say which one to rename.
 FOREIGN_COLUMNS = {
     "prompt": ("question", "instruction", "query", "input", "user"),
@@ -286,8 +289,11 @@ def _id(row: Mapping[str, object], default: str) -> str:
 
 def _weight(row: Mapping[str, object]) -> float:
     value = row.get("weight", 1.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    # whole numbers may be too large for a float, and infinity is refused before it is printed as a number
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or value == math.inf:
         raise _Problem("weight", f"expected a number above 0, got {_show(value)}")
+    if not LEAST_WEIGHT <= value <= 1 / LEAST_WEIGHT:
+        raise _Problem("weight", f"{_show(value)} leaves no digits in float32 sums; give 1e-10 to 1e10, or drop it")
     return float(value)
 
 

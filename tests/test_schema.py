@@ -150,6 +150,9 @@ BAD_ROWS = [
     ("pair", PAIR | {"weight": 0}, "weight", "above 0"),
     ("pair", PAIR | {"weight": "2"}, "weight", "above 0"),
     ("pair", PAIR | {"weight": float("inf")}, "weight", "above 0"),
+    ("pair", PAIR | {"weight": 1e39}, "weight", "1e+39 leaves no digits in float32 sums; give 1e-10 to 1e10"),
+    ("sft", {"text": "a", "weight": 1e-46}, "weight", "1e-46 leaves no digits"),
+    ("pair", PAIR | {"weight": 10**400}, "weight", "leaves no digits"),
     (
         "pair",
         {"chosen": [user("q"), assistant("a")], "rejected": [user("r"), assistant("b")]},
