@@ -6,11 +6,11 @@ tie is wrong). Policy share: pairs whose mean log-prob a token is higher for cho
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eval.stats import wilson_interval
 from trainer.entry import run_command
 from trainer.errors import RunError
 from trainer.metrics import read_metrics
@@ -18,16 +18,6 @@ from trainer.models.config import ModelConfig
 from trainer.run_folder import ensure_file_writable, write_file
 from trainer.score import PairScore, load_for_scoring, read_pairs, score_pairs
 from trainer.startup import check_vocabulary
-
-Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927); 0..1."""
-    share, z2 = successes / trials, Z95**2
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = Z95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def compare(before: Sequence[PairScore], after: Sequence[PairScore]) -> dict[str, float]:
