@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    limits = Limits(wall_s=args.timeout, cpu_s=max(1, round(args.timeout)), memory_bytes=args.memory_mib << 20)
+    limits = Limits(wall_s=args.wall_s, cpu_s=args.cpu_s, memory_bytes=args.memory_mib << 20)
     if args.workers < 1 or not 0 <= args.rel_tol < 1:
         raise UserError(
             f"--workers {args.workers}, --rel-tol {args.rel_tol}: at least 1 worker, a tolerance from 0 to 1"
@@ -224,7 +224,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="JSON Lines of verdicts, written anew")
     parser.add_argument("--tasks", help="JSON Lines of questions by id (default: each sample's own row)")
     parser.add_argument("--rel-tol", type=float, default=DEFAULT_REL_TOL, help="number: relative tolerance, 0 = exact")
-    parser.add_argument("--timeout", type=float, default=10.0, help="code: seconds for all tests of a program")
+    parser.add_argument("--cpu-s", type=int, default=10, help="code: CPU seconds of a process")
+    parser.add_argument("--wall-s", type=float, default=30.0, help="code: seconds for all tests of a program")
     parser.add_argument("--memory-mib", type=int, default=1024, help="code: address space of a process")
     parser.add_argument("--workers", type=int, default=2, help="code: programs run at a time")
     return parser

@@ -196,22 +196,38 @@ def filter_calls(own_pid: int) -> None:
 
 def descendants(pid: int) -> Sequence[int]:
     """All living processes below `pid`, nearest first."""
+    listed = os.path.exists(f"/proc/self/task/{os.getpid()}/children")  # not in every kernel
+    parents = {} if listed else _children_by_parent()
     found: list[int] = []
     waiting = [pid]
     while waiting:
         parent = waiting.pop(0)
+        children = _children(parent) if listed else parents.get(parent, [])
+        found += children
+        waiting += children
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:
+                found += map(int, file.read().split())
+    except OSError:  # it ended meanwhile
+        pass
+    return found
+
+
+def _children_by_parent() -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            tasks = os.listdir(f"/proc/{parent}/task")
-        except OSError:
+            with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
             continue
-        for task in tasks:
-            try:
-                with open(f"/proc/{parent}/task/{task}/children", encoding="ascii") as file:
-                    children = [int(word) for word in file.read().split()]
-            except OSError:
-                continue
-            found += children
-            waiting += children
+        found.setdefault(parent, []).append(int(name))
     return found
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from attack_programs import ATTACKS, HARMLESS
 
+from data_tools import verify_sandbox_kernel as kernel
 from data_tools.errors import UserError
 from data_tools.verify_code import LAYERS, CodeTask, Limits, check_program
 from data_tools.verify_result import Verdict
@@ -186,6 +187,38 @@ def test_an_ordinary_user_has_the_same_sandbox(open_folder: Path) -> None:
     assert done.stdout.splitlines() == ["correct closed 65534"] * 2 + ["wrong closed 65534"] * 6, done.stderr
 
 
+@pytest.mark.parametrize("refused", ["unshare", "mount", "mount_setattr"])
+def test_a_system_that_refuses_namespaces(open_folder: Path, refused: str) -> None:
+    """As in many containers: a filter around everything refuses a call. The rest of the sandbox does without."""
+    python = python_for_all()
+    if python is None:
+        pytest.skip("no Python here that the user nobody may run")
+    script = f"""
+        import os, sys
+        from data_tools import verify_sandbox_kernel as kernel
+        from data_tools.verify_code import CodeTask, check_program
+        kernel.DENIED, kernel.SIGNALS = {{{refused!r}: kernel.DENIED[{refused!r}]}}, {{}}
+        kernel.filter_calls(os.getpid())
+        verdict = check_program("def f(x): return x", CodeTask(id="x", tests="assert f(2) == 2", names=("f",)))
+        said = verdict.details["sandbox"]
+        print(verdict.verdict, said["namespaces"], said["files"], said["network"], sep="|")
+    """
+    done = subprocess.run(
+        [python, "-c", textwrap.dedent(script)], cwd=ROOT, env={}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("correct|none ("), done.stderr
+    assert done.stdout.endswith("|closed (Landlock)|closed (seccomp)\n"), done.stdout
+
+
+def test_processes_are_found_without_the_kernels_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = subprocess.Popen(["sleep", "30"])
+    by_list = list(kernel.descendants(os.getpid()))
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    assert child.pid in by_list and child.pid in kernel.descendants(os.getpid())
+    child.kill()
+    child.wait()
+
+
 @pytest.mark.parametrize(
     ("program", "tests"),
     [
@@ -223,6 +256,11 @@ def test_values_cross_as_they_are(program: str, tests: str) -> None:
 def test_tests_that_do_not_run_are_the_users_error() -> None:
     with pytest.raises(UserError, match="task x: the tests themselves do not run: SyntaxError"):
         check_program("f = 1", CodeTask(id="x", tests="assert (", names=("f",)))
+
+
+def test_cpu_time_is_a_limit_of_its_own() -> None:
+    verdict = check_program("def f(x):\n    while True: pass", SQUARE, Limits(cpu_s=1, wall_s=60))
+    assert (verdict.verdict, verdict.details["limit"]) == ("wrong", "CPU 1 s"), verdict
 
 
 def test_a_limit_must_be_positive() -> None:
