@@ -12,7 +12,15 @@ import pytest
 
 from trainer.checkpoint import Manifest, read_manifest
 from trainer.errors import CheckpointError, RunError
-from trainer.run_folder import RunLock, ensure_writable, find_checkpoints, remove_leftovers, require_free_space
+from trainer.run_folder import (
+    RunLock,
+    ensure_file_writable,
+    ensure_writable,
+    find_checkpoints,
+    remove_leftovers,
+    require_free_space,
+    write_file,
+)
 
 ROOT = Path(__file__).parent.parent
 HOLDER = """
@@ -164,6 +172,23 @@ def test_a_read_only_folder_is_named() -> None:
     for folder in ("/proc/self", "/proc/self/run"):
         with pytest.raises(RunError, match=rf"{folder}: cannot be written to \("):
             ensure_writable(folder)
+
+
+def test_a_pipe_is_written_to_and_a_link_stays_one(tmp_path: Path) -> None:
+    """A rename would put a plain file in the place of either; of /dev/null, for a user who may do that."""
+    pipe, link, real = tmp_path / "pipe", tmp_path / "link", tmp_path / "elsewhere" / "real"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    real.parent.mkdir()
+    real.write_text("old")
+    link.symlink_to(real)
+    for path in (pipe, link):
+        ensure_file_writable(path)
+        write_file(path, "new\n")
+    assert pipe.is_fifo() and os.read(reader, 100) == b"new\n"
+    os.close(reader)
+    assert link.is_symlink() and real.read_text() == "new\n"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "link", "pipe", "real"]
 
 
 def test_free_space_is_compared_with_the_need(tmp_path: Path) -> None:

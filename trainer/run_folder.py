@@ -155,13 +155,21 @@ def ensure_writable(folder: str | Path) -> None:
 
 
 def write_file(path: str | Path, text: str) -> None:
-    """Write a whole file by rename, so that an older one of that name stays until then. Raises RunError."""
-    temporary = Path(f"{path}.tmp")
+    """Write a whole file by rename, so that an older one of that name stays until then. Raises RunError.
+
+    What a symbolic link points to is replaced, not the link; a device or a pipe is written to.
+    """
+    target = temporary = Path(path)
+    if not _is_device(path):
+        target = target.resolve()
+        temporary = Path(f"{target}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        if temporary != target:
+            os.replace(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary != target:
+            temporary.unlink(missing_ok=True)
         raise RunError(path, f"cannot be written ({error.strerror}); give another file") from None
 
 
@@ -169,7 +177,13 @@ def ensure_file_writable(path: str | Path) -> None:
     """See before long work that its result can be written to the file `path`. Raises RunError."""
     if Path(path).is_dir():
         raise RunError(path, "is a folder; name a file")
-    ensure_writable(Path(path).parent)
+    if not _is_device(path):
+        ensure_writable(Path(path).resolve().parent)
+
+
+def _is_device(path: str | Path) -> bool:
+    """Something that is no file on a disk, such as /dev/null: a rename would put one in its place."""
+    return Path(path).exists() and not Path(path).is_file()
 
 
 def require_free_space(path: str | Path, num_bytes: int) -> None:
