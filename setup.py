@@ -11,7 +11,7 @@ setup(
     packages=find_packages(
         include=["trainer", "trainer.*", "kernels", "kernels.*", "data_tools", "data_tools.*", "eval", "eval.*"]
     ),
-    package_data={"trainer": ["configs/*.toml"]},
+    package_data={"trainer": ["configs/*.toml"], "eval": ["tasks/*.toml"]},
     install_requires=[
         "torch",
         "safetensors",

@@ -102,6 +102,21 @@ def macro_average(sums_and_counts: Mapping[str, tuple[float, int]]) -> float:
     return sum(total / count for total, count in sums_and_counts.values()) / len(sums_and_counts)
 
 
+def macro_wilson(right: Mapping[str, tuple[int, int]]) -> tuple[float, float]:
+    """95% interval of the macro average of shares, from (successes, trials) by subject.
+
+    Wilson's intervals joined by their squares (MOVER: Zou & Donner 2008): sqrt(sum (p - low)^2) / S below the average,
+    the same above it. A bootstrap would say that nothing can vary where a small subject has all or none right.
+    """
+    average = macro_average(right)
+    below = above = 0.0
+    for successes, trials in right.values():
+        low, high = wilson_interval(successes, trials)
+        below += (successes / trials - low) ** 2
+        above += (high - successes / trials) ** 2
+    return average - math.sqrt(below) / len(right), average + math.sqrt(above) / len(right)
+
+
 def macro_interval(
     values: Mapping[str, Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from eval.stats import (
     bootstrap_mean,
     macro_average,
     macro_interval,
+    macro_wilson,
     mcnemar_exact,
     micro_average,
     paired_bootstrap,
@@ -105,6 +106,16 @@ def test_averages() -> None:
     assert macro_average(by_subject) == pytest.approx(0.65)
     low, high = macro_interval({"a": [1] * 8 + [0] * 2, "b": [1, 0]}, seed=0)
     assert low < 0.65 < high and (low, high) == macro_interval({"b": [1, 0], "a": [1] * 8 + [0] * 2}, seed=0)
+
+
+def test_macro_of_wilson_intervals() -> None:
+    """One subject: Wilson's own. Four alike: as narrow as the root of four. None right anywhere: still an interval."""
+    assert macro_wilson({"a": (8, 10)}) == pytest.approx(wilson_interval(8, 10))
+    low, high = wilson_interval(8, 10)
+    assert macro_wilson(dict.fromkeys("abcd", (8, 10))) == pytest.approx(
+        (0.8 - (0.8 - low) / 2, 0.8 + (high - 0.8) / 2)
+    )
+    assert macro_wilson({"a": (0, 1), "b": (0, 2)})[1] == pytest.approx(math.hypot(0.793456, 0.657620) / 2, abs=1e-5)
 
 
 @pytest.mark.parametrize(

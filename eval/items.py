@@ -1,0 +1,179 @@
+"""Rows of the user's file as a task's items: prompt, options, right answer, subject; checked, with file and line."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.errors import MAX_ERRORS, DataError, DataErrors, UserError
+from data_tools.jsonl import iter_jsonl
+from data_tools.schema import Message, Text
+from data_tools.verify_code import CodeTask, humaneval_task, mbpp_task, plain_task
+from data_tools.verify_number import parse_number
+from data_tools.verify_option import verify_option
+from eval.task import WITH_OPTIONS, Task, fill
+
+NO_SUBJECT = "all"
+"""The subject of items that have none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One checked row.
+
+    prompt: a string (plain text) or messages. completions: texts to be scored, one an option, or one of perplexity.
+    gold: the right option's label or the right number, as text. code: the tests of a programming task.
+    """
+
+    id: str
+    subject: str
+    line: int
+    prompt: Text
+    options: Mapping[str, str]
+    gold: str | None
+    completions: tuple[str, ...] = ()
+    code: CodeTask | None = None
+
+
+def read_items(task: Task, path: str | Path, *, limit: int | None = None) -> list[Item]:
+    """The first `limit` rows (all of them: None) as items. Not for preference, whose rows are pairs.
+
+    Raises DataErrors with up to 20 faults, each with file and line.
+    """
+    items: list[Item] = []
+    errors: list[DataError] = []
+    seen: dict[str, int] = {}
+    for line, row in _rows(path, limit):
+        try:
+            item = _item(task, row, path, line)
+            if (first := seen.setdefault(item.id, line)) != line:
+                raise DataError(path, line, field=task.fields.id, problem=f"'{item.id}' already stands in line {first}")
+            items.append(item)
+        except DataError as error:
+            errors.append(error)
+            if len(errors) == MAX_ERRORS:
+                raise DataErrors(errors, more=True) from None
+    if errors:
+        raise DataErrors(errors, more=False)
+    return items
+
+
+def _rows(path: str | Path, limit: int | None) -> Iterator[tuple[int, object]]:
+    for number, (line, row) in enumerate(iter_jsonl(path)):
+        if number == limit:
+            return
+        yield line, row
+
+
+def subject_of(row: Mapping[str, Any], task: Task) -> str:
+    """The row's subject as text."""
+    found = row.get(task.fields.subject)
+    return NO_SUBJECT if found is None else str(found)
+
+
+def _item(task: Task, row: object, path: str | Path, line: int) -> Item:
+    if not isinstance(row, dict):
+        raise DataError(path, line, field=None, problem=f"expected an object, got {type(row).__name__}")
+    name = row.get(task.fields.id, f"{Path(path).name}:{line}")
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        problem = f"expected a string or a number, got {type(name).__name__}"
+        raise DataError(path, line, field=task.fields.id, problem=problem)
+    options = _options(task, row, path, line) if task.kind in WITH_OPTIONS else {}
+    values = _values(task, row, options)
+    return Item(
+        id=str(name),
+        subject=subject_of(row, task),
+        line=line,
+        prompt=_prompt(task, values, path, line),
+        options=options,
+        gold=_gold(task, row, options, path, line),
+        completions=_completions(task, values, options, path, line),
+        code=_code(row, str(name), path, line) if task.kind == "code" else None,
+    )
+
+
+def _options(task: Task, row: Mapping[str, Any], path: str | Path, line: int) -> dict[str, str]:
+    given, field = row.get(task.fields.options), task.fields.options
+    if isinstance(given, list):
+        given = {chr(ord("A") + index): text for index, text in enumerate(given)}
+    if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
+        problem = f"expected an object of texts or a list of texts, got {type(row.get(field)).__name__}"
+        raise DataError(path, line, field=field, problem=problem)
+    return given
+
+
+def _values(task: Task, row: Mapping[str, Any], options: Mapping[str, str]) -> dict[str, Any]:
+    """What placeholders stand for: columns, then the names that a task gives them."""
+    lines = [fill(task.prompt.option, {"label": label, "text": text}) for label, text in options.items()]
+    named = {"options": "\n".join(lines), "labels": ", ".join(options)} if options else {}
+    question = {"question": row[task.fields.question]} if task.fields.question in row else {}
+    tests = row.get("test_list", row.get("tests"))
+    if isinstance(tests, list):
+        named["tests"] = "\n".join(map(str, tests))
+    return {**row, **question, **named}
+
+
+def _filled(text: str, values: Mapping[str, Any], path: str | Path, line: int) -> str:
+    try:
+        return fill(text, values)
+    except KeyError as error:
+        problem = "the prompt asks for it; it is missing, null or no plain value"
+        raise DataError(path, line, field=str(error.args[0]), problem=problem) from None
+
+
+def _prompt(task: Task, values: Mapping[str, Any], path: str | Path, line: int) -> Text:
+    text = _filled(task.prompt.text, values, path, line)
+    if task.prompt.api == "completions":
+        return text
+    system = [] if task.prompt.system is None else [Message("system", _filled(task.prompt.system, values, path, line))]
+    return (*system, Message("user", text))
+
+
+def _gold(task: Task, row: Mapping[str, Any], options: Mapping[str, str], path: str | Path, line: int) -> str | None:
+    field = task.fields.answer
+    if task.kind in ("code", "perplexity"):
+        return None
+    given = row.get(field)
+    if isinstance(given, bool) or not isinstance(given, str | int | float):
+        raise DataError(path, line, field=field, problem=f"expected the right answer, got {type(given).__name__}")
+    gold = str(given).strip()
+    if task.kind == "numeric" and parse_number(gold) is None:
+        raise DataError(path, line, field=field, problem=f"'{gold}' is no number")
+    if options:
+        if gold not in options:
+            problem = f"'{gold}' is no label of the options ({', '.join(options)})"
+            raise DataError(path, line, field=field, problem=problem)
+        try:
+            verify_option("", gold, options)
+        except UserError as error:
+            raise DataError(path, line, field=task.fields.options, problem=str(error)) from None
+    return gold
+
+
+def _completions(
+    task: Task, values: Mapping[str, Any], options: Mapping[str, str], path: str | Path, line: int
+) -> tuple[str, ...]:
+    if task.kind == "perplexity":
+        return (_filled(task.prompt.completion, values, path, line),)
+    if task.kind != "choice_logprob":
+        return ()
+    own = [{**values, "label": label, "text": text} for label, text in options.items()]
+    return tuple(_filled(task.prompt.completion, each, path, line) for each in own)
+
+
+def _code(row: Mapping[str, Any], name: str, path: str | Path, line: int) -> CodeTask:
+    try:
+        if "entry_point" in row and "test" in row:
+            return humaneval_task({**row, "task_id": name})
+        if "test_list" in row:
+            return mbpp_task({**row, "task_id": name})
+        if "tests" in row:
+            return plain_task(row, name)
+        problem = "has no tests: expected 'tests', 'test_list', or 'test' with 'entry_point'"
+    except SyntaxError as error:
+        problem = f"its tests are no Python: {error.msg}"
+    except KeyError as error:
+        problem = f"field {error}: missing"
+    except UserError as error:
+        problem = str(error)
+    raise DataError(path, line, field=None, problem=problem)

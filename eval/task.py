@@ -1,0 +1,199 @@
+"""What is asked of a model, as a small TOML file over the user's JSON Lines: fields, prompt, sampling, vote, scoring.
+
+    name = "medqa"                       kind: choice          pick an option by writing; k samples, a vote
+    kind = "choice"                            choice_logprob  pick the option whose text (or letter) is likeliest
+    [fields]                                   numeric         write a number
+    question = "question"                      code            write a program that passes tests; pass@k
+    [prompt]                                   preference      prefer chosen to rejected (rows are pairs)
+    text = "{question}\\n\\n{options}"           perplexity      nats a token of a text
+    [sampling]
+    n = 5
+
+`{name}` in a prompt is `question`, `options`, `labels` or any column of the row; `{{name}}` is `{name}` itself. Which
+tables and keys there are is what the classes below say; docs/evaluation.md has examples. No model is run here.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from data_tools.samples import digest_of
+from eval.sampling import SamplingOptions
+from eval.vote import Ties
+from trainer.config_values import nearest, typed
+from trainer.errors import ABSENT, ConfigError, UserError
+
+Kind = Literal["choice", "choice_logprob", "numeric", "code", "preference", "perplexity"]
+GENERATED = ("choice", "numeric", "code")
+"""Kinds that are answered by drawing samples."""
+WITH_OPTIONS = ("choice", "choice_logprob")
+PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
+OWN_TASKS = Path(__file__).resolve().parent / "tasks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Columns of the data. `subject` may be missing in a row; `id` too, then it is `<file name>:<line>`."""
+
+    id: str = "id"
+    question: str = "question"
+    options: str = "options"
+    """An object, label to text, or a list of texts (labels A, B, ...)."""
+    answer: str = "answer"
+    """The right option's label, or the right number."""
+    subject: str = "subject"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The texts that are made of a row."""
+
+    text: str = "{question}"
+    system: str | None = None
+    option: str = "{label}. {text}"
+    """A line of `{options}`."""
+    completion: str = ""
+    """What is scored: of each option (`{text}` or `{label}`), or of a row of perplexity."""
+    api: Literal["chat", "completions"] = "chat"
+    """chat: a message of the user; completions: plain text that goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vote:
+    """What makes one answer of the samples; see eval.vote."""
+
+    threshold: int = 1
+    ties: Ties = "abstain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How answers are judged and counted."""
+
+    rule: Literal["sum", "per_token", "per_byte", "reward"] = "sum"
+    """choice_logprob: what of an option's log-prob is compared. preference: sum and per_token compare the model's own
+    log-probs, reward compares their gain over the model of --reference."""
+    k: tuple[int, ...] = ()
+    """pass@k is reported for these, each at most sampling.n."""
+    penalty: float | None = None
+    """What a wrong answer costs in negative marking; none: 1 / (options - 1) for choices, else not reported."""
+    rel_tol: float = 1e-6
+    """numeric: relative tolerance; 0: exact."""
+    timeout_s: float = 10.0
+    """code: for all tests of a program."""
+    memory_mib: int = 1024
+    workers: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A checked task file."""
+
+    name: str
+    kind: Kind
+    fields: Fields = field(default_factory=Fields)
+    prompt: Prompt = field(default_factory=Prompt)
+    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(temperature=0.0))
+    vote: Vote = field(default_factory=Vote)
+    score: Score = field(default_factory=Score)
+
+    @property
+    def digest(self) -> str:
+        """Of all that the file says, defaults included."""
+        return digest_of(asdict(self))
+
+    @property
+    def template_digest(self) -> str:
+        """Of the prompt's texts alone."""
+        return digest_of(asdict(self.prompt))
+
+
+SECTIONS = {"fields": Fields, "prompt": Prompt, "sampling": SamplingOptions, "vote": Vote, "score": Score}
+
+
+def load_task(path: str | Path) -> Task:
+    """Read a task file, or one of eval/tasks by its name without `.toml`. Raises UserError naming file and key."""
+    place = Path(path)
+    if not place.exists() and (OWN_TASKS / f"{path}.toml").is_file():
+        place = OWN_TASKS / f"{path}.toml"
+    try:
+        text = place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(sorted(own.stem for own in OWN_TASKS.glob("*.toml")))
+        raise UserError(f"{path}: cannot be read ({error}); a file, or one of: {known}") from None
+    try:
+        return parse_task(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{place}: bad TOML: {error}") from None
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def parse_task(tables: Mapping[str, Any]) -> Task:
+    """A task from the tables of its file. Raises UserError for an unknown key, a wrong type or a value out of range."""
+    known = [own.name for own in fields(Task)]
+    values: dict[str, Any] = {}
+    for key, value in tables.items():
+        if key not in known:
+            raise ConfigError(key, value, f"no such key; did you mean {nearest(key, known)}?")
+        values[key] = _section(key, value) if key in SECTIONS else typed(key, value, get_type_hints(Task)[key])
+    for key in ("name", "kind"):
+        if key not in values:
+            raise ConfigError(key, ABSENT, "required")
+    task = Task(**values)
+    _check(task, tables)
+    return task
+
+
+def _section(name: str, table: Any) -> Any:
+    kind = SECTIONS[name]
+    if not isinstance(table, dict):
+        raise ConfigError(name, table, "must be a table")
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {"temperature": 0.0} if name == "sampling" else {}
+    for key, value in table.items():
+        if key not in hints:
+            raise ConfigError(f"{name}.{key}", value, f"no such key; did you mean {name}.{nearest(key, hints)}?")
+        values[key] = typed(f"{name}.{key}", value, hints[key])
+    return kind(**values)
+
+
+def _check(task: Task, tables: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what the types allow and makes no sense."""
+    n, score = task.sampling.n, task.score
+    scored = task.kind in ("choice_logprob", "perplexity")
+    chat, names = task.prompt.api == "chat", {match[2] for match in PLACEHOLDER.finditer(task.prompt.option)}
+    for key, value, wrong, problem in (
+        ("prompt.completion", task.prompt.completion, scored and not task.prompt.completion, "required"),
+        ("prompt.option", task.prompt.option, not names <= {None, "label", "text"}, "may have {label} and {text} only"),
+        ("vote.threshold", task.vote.threshold, not 1 <= task.vote.threshold <= n, f"must be 1 to sampling.n = {n}"),
+        ("score.k", score.k, any(not 1 <= k <= n for k in score.k), f"must be 1 to sampling.n = {n}"),
+        ("score.penalty", score.penalty, score.penalty is not None and score.penalty < 0, "must be 0 or more"),
+        ("score.rel_tol", score.rel_tol, not 0 <= score.rel_tol < 1, "must be at least 0 and below 1"),
+        ("score.timeout_s", score.timeout_s, score.timeout_s <= 0, "must be > 0"),
+        ("score.memory_mib", score.memory_mib, score.memory_mib < 1, "must be 1 or more"),
+        ("score.workers", score.workers, score.workers < 1, "must be 1 or more"),
+        ("score.rule", score.rule, score.rule == "reward" and task.kind != "preference", "is for kind = preference"),
+        ("score.rule", score.rule, score.rule == "per_byte" and task.kind == "preference", "is for choice_logprob"),
+        ("prompt.system", task.prompt.system, not chat and task.prompt.system is not None, "needs api chat"),
+        ("sampling", ABSENT, "sampling" in tables and task.kind not in GENERATED, f"kind {task.kind} draws no samples"),
+    ):  # fmt: skip
+        if wrong:
+            raise ConfigError(key, value, problem)
+
+
+def fill(text: str, values: Mapping[str, Any]) -> str:
+    """`text` with its placeholders replaced, once: braces in a value stay. Raises KeyError for a name without value."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] is not None:
+            return "{" + match[1] + "}"
+        found = values[match[2]]
+        if found is None or isinstance(found, dict | list):
+            raise KeyError(match[2])
+        return str(found)
+
+    return PLACEHOLDER.sub(value, text)
