@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from trainer.errors import ModelError
 from trainer.models.inspection import count, inspect_model
 
-
 NORM = "model.norm.weight"
 
 
