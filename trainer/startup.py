@@ -77,6 +77,9 @@ def check_fits_model(shard: Shard, model_config: ModelConfig, config: Config) ->
     check_weights(shard, config)
     if config.reference.path is not None:
         check_vocabulary(shard, ModelConfig.from_folder(config.reference.path), config.reference.path)
+    for rope in {layer.rope for layer in model_config.layers if layer.rope is not None and layer.rope.by_length}:
+        for group in shard:
+            rope.is_beyond(group.lengths)
     if config.data.max_length > model_config.max_positions:
         say(
             f"note: data.max_length {config.data.max_length} is beyond the {model_config.max_positions} positions "
