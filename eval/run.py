@@ -35,6 +35,7 @@ from eval.item_log import ItemLog, Row, read_rows
 from eval.items import Item, read_items, subject_of
 from eval.loglikelihood import option_groups
 from eval.report import write_report
+from eval.sampling import SamplingOptions
 from eval.scoring import likelihood_rows, pair_rows, preference_row
 from eval.summary import SEED, summarise
 from eval.task import GENERATED, Task, load_task
@@ -48,6 +49,7 @@ from trainer.stop import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "data_tools", "trainer", "eval")
+SETTINGS_OF_SERVERS = ("temperature", "top_p", "max_tokens", "stop", "seed", "n")
 NO_BASELINE = "none was run: this number says nothing about what another model reaches with the same budget"
 
 
@@ -111,9 +113,15 @@ def read_run(folder: str | Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def prompt_rows(task: Task, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
-    """Rows of a prompts file (data_tools/samples.py) with the task's sampling settings in them."""
+    """Rows of a prompts file (data_tools/samples.py) with the task's sampling settings in them.
+
+    What servers have no setting for (top_k, min_p, ...) is left out where it changes nothing: both take the file then.
+    """
+    default = asdict(SamplingOptions())
     settings = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(task.sampling).items()
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(task.sampling).items()
+        if name in SETTINGS_OF_SERVERS or value != default[name]
     }
     for item in items:
         prompt = item.prompt if isinstance(item.prompt, str) else messages_of(item.prompt)
