@@ -41,8 +41,9 @@ def budget_line(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 def _drawn(result: Mapping[str, Any]) -> str:
     if "samples" not in result:
         return "draws none"
-    own = result["samples"]
-    return f"{own['n']} ({'tokens not known' if own['tokens'] is None else str(own['tokens']) + ' tokens'})"
+    own, verifier = result["samples"], result.get("verifier")
+    asked = f" and a verifier on {verifier['asked']} items" if verifier else ""
+    return f"{own['n']} ({'tokens not known' if own['tokens'] is None else str(own['tokens']) + ' tokens'}){asked}"
 
 
 def _paired(a: Sequence[Row], b: Sequence[Row], names: tuple[str, str]) -> list[tuple[Row, Row]]:

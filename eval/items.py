@@ -1,7 +1,7 @@
 """Rows of the user's file as a task's items: prompt, options, right answer, subject; checked, with file and line."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Item:
 
     prompt: a string (plain text) or messages. completions: texts to be scored, one an option, or one of perplexity.
     gold: the right option's label or the right number, as text. code: the tests of a programming task.
+    values: what placeholders stand for, for prompts that are made later.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Item:
     gold: str | None
     completions: tuple[str, ...] = ()
     code: CodeTask | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_items(task: Task, path: str | Path, *, limit: int | None = None) -> list[Item]:
@@ -89,6 +91,7 @@ def _item(task: Task, row: object, path: str | Path, line: int) -> Item:
         gold=_gold(task, row, options, path, line),
         completions=_completions(task, values, options, path, line),
         code=_code(row, str(name), path, line) if task.kind == "code" else None,
+        values=values,
     )
 
 

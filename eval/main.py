@@ -52,6 +52,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="Hugging Face model folder")
     parser.add_argument("--samples", help="samples drawn elsewhere (`eval.main prompts`, then `eval.sample --url`)")
     parser.add_argument("--reference", help="preference with rule reward: the model that training began from")
+    parser.add_argument("--verifier", help="a model that decides where the vote abstains (`[verifier]` of the task)")
     parser.add_argument("--baseline", help="folder of another run on the same items, compared in the report")
     parser.add_argument("--limit", type=int, help="only the first N items")
     parser.add_argument("--dtype", choices=["bf16", "float32"], help="default: bf16 to draw, float32 to score texts")

@@ -149,6 +149,10 @@ def _result_rows(result: Mapping[str, Any]) -> list[Cells]:
     if "negative_marking" in result:
         own = result["negative_marking"]
         rows.append((f"negative marking, a wrong answer costs {own['penalty']}", f"{own['value']:.3f}"))
+    if "verifier" in result:
+        own = result["verifier"]
+        rows.append((f"{result['metric']} of the vote alone", _ranged(own["vote_alone"])))
+        rows.append(("items that the verifier was asked about, and decided", f"{own['asked']}, {own['decided']}"))
     rows += [(f"by rule {rule}", _ranged(own)) for rule, own in result.get("rules", {}).items()]
     rows += [(f"pass@{k}", _ranged(own)) for k, own in result.get("pass_at_k", {}).items()]
     if "margin_nats" in result:

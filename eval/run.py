@@ -2,6 +2,7 @@
 
     OUT/settings.json   what the run was made from; a second start with something else is refused
         prompts.jsonl   what the model is asked, samples.jsonl what it wrote (kinds that draw; eval.sample)
+        verifier_prompts.jsonl, verifier_samples.jsonl   the same of the verifier
         scores.jsonl, reference_scores.jsonl   log-probs of pairs (preference)
         items.jsonl     a row an item: answer, verdicts, log-probs
         report.json, report.md, report.html
@@ -26,7 +27,7 @@ from data_tools.disk import user_cache
 from data_tools.encode import Group
 from data_tools.file_digests import FileDigests, hash_file
 from data_tools.jsonl import iter_jsonl
-from data_tools.samples import messages_of, read_samples
+from data_tools.samples import Sample, messages_of, read_samples
 from data_tools.tokenizer import load_tokenizer
 from eval import sample
 from eval.answers import judged_rows, samples_by_item
@@ -39,6 +40,7 @@ from eval.sampling import SamplingOptions
 from eval.scoring import likelihood_rows, pair_rows, preference_row
 from eval.summary import SEED, summarise
 from eval.task import GENERATED, Task, load_task
+from eval.verifier import decided, undecided, verifier_prompts
 from trainer.errors import RunError, TrainingStopped, UserError
 from trainer.models.config import ModelConfig
 from trainer.reference_cache import weights_digest
@@ -63,6 +65,7 @@ class RunOptions:
     model: str | None = None
     samples: str | None = None
     reference: str | None = None
+    verifier: str | None = None
     baseline: str | None = None
     limit: int | None = None
     dtype: str | None = None
@@ -142,6 +145,7 @@ def _check(task: Task, options: RunOptions) -> None:
         (options.model and options.samples, "--samples were drawn elsewhere: --model would not be used; leave it out"),
         (task.score.rule == "reward" and not options.reference, "--reference: score.rule = reward needs it"),
         (options.reference and task.score.rule != "reward", "--reference: only score.rule = reward uses it"),
+        (options.verifier and task.kind not in ("choice", "numeric"), f"--verifier: kind {task.kind} has no vote"),
         (options.limit is not None and options.limit < 1, "--limit: must be 1 or more"),
     ):
         if wrong:
@@ -156,8 +160,14 @@ def _rows(task: Task, options: RunOptions, items: Sequence[Item]) -> list[Row]:
     order = [item.id for item in items]
     if task.kind in GENERATED:
         samples = samples_by_item(task, items, read_samples(_samples_file(task, options, items)).samples)
-        # Reading letters and numbers takes no time and is done anew; running programs takes long.
-        with ItemLog(out / "items.jsonl", fresh=task.kind != "code") as log, StopRequest() as stop:
+        if task.kind != "code":  # reading letters and numbers takes no time and is done anew
+            rows = list(judged_rows(task, items, samples))
+            rows = rows if options.verifier is None else _verified(task, options, items, rows, samples)
+            with ItemLog(out / "items.jsonl", fresh=True) as log:
+                for row in rows:
+                    log.append(row)
+            return rows
+        with ItemLog(out / "items.jsonl") as log, StopRequest() as stop:
             missing = [item for item in items if item.id not in log.rows]
             _fill(log, judged_rows(task, missing, samples, stop.asked), order, stop)
             return [log.rows[name] for name in order]
@@ -180,12 +190,38 @@ def _samples_file(task: Task, options: RunOptions, items: Sequence[Item]) -> Pat
     assert options.model is not None
     out = Path(options.out)
     write_prompts(task, items, out / "prompts.jsonl")
-    argv = ["--model", options.model, "--prompts", str(out / "prompts.jsonl"), "--out", str(out / "samples.jsonl")]
-    argv += ["--api", task.prompt.api, "--dtype", _dtype(task, options), "--slots", str(options.slots)]
-    for flag, value in (("--few-shot", options.few_shot), ("--chat-template", options.chat_template)):
-        argv += [flag, value] if value is not None else []
+    more = ["--few-shot", options.few_shot] if options.few_shot is not None else []
+    return _draw(options.model, out, "", ["--api", task.prompt.api, *more], task, options)
+
+
+def _draw(model: str, out: Path, prefix: str, more: Sequence[str], task: Task, options: RunOptions) -> Path:
+    """Samples for the prompts in out/PREFIXprompts.jsonl; returns their file."""
+    prompts, samples = out / f"{prefix}prompts.jsonl", out / f"{prefix}samples.jsonl"
+    argv = ["--model", model, "--prompts", str(prompts), "--out", str(samples), *more]
+    argv += ["--dtype", _dtype(task, options), "--slots", str(options.slots)]
+    argv += ["--chat-template", options.chat_template] if options.chat_template is not None else []
     sample.main(argv)
-    return out / "samples.jsonl"
+    return samples
+
+
+def _verified(
+    task: Task,
+    options: RunOptions,
+    items: Sequence[Item],
+    rows: Sequence[Row],
+    samples: Mapping[str, Sequence[Sample]],
+) -> list[Row]:
+    """The rows with the verifier's decisions on items without majority."""
+    out = Path(options.out)
+    assert options.verifier is not None
+    prompts = verifier_prompts(task, items, samples, undecided(rows))
+    if not prompts:
+        return list(rows)
+    write_file(out / "verifier_prompts.jsonl", "".join(json.dumps(row) + "\n" for row in prompts))
+    said = read_samples(_draw(options.verifier, out, "verifier_", (), task, options)).samples
+    by_id = {own.id: own for own in said}
+    asked = {row["id"] for row in prompts}
+    return [decided(row, by_id[row["id"]]) if row["id"] in asked else row for row in rows]
 
 
 def _preference_rows(task: Task, options: RunOptions) -> list[Row]:
@@ -237,7 +273,7 @@ def _settings(task: Task, options: RunOptions) -> dict[str, Any]:
         "data_sha256": hash_file(options.data) if Path(options.data).is_file() else None,
         "dtype": _dtype(task, options),
     }
-    for name, folder in (("model", options.model), ("reference", options.reference)):
+    for name, folder in (("model", options.model), ("reference", options.reference), ("verifier", options.verifier)):
         if folder is not None:
             template = load_chat_template(folder, options.chat_template)
             identity[f"{name}_weights"] = weights_digest(folder, digests)

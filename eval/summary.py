@@ -23,6 +23,7 @@ from eval.stats import (
     wilson_interval,
 )
 from eval.task import WITH_OPTIONS, Task
+from eval.verifier import without_verifier
 from eval.vote import OUTCOMES, negative_marking
 
 Row = Mapping[str, Any]
@@ -52,6 +53,15 @@ def summarise(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
     if result["outcomes"] is not None:
         result["answered"] = _answered(result["outcomes"])
         result |= _marks(task, rows, result["outcomes"])
+    if asked := [row["verifier"] for row in rows if "verifier" in row]:
+        alone = without_verifier(rows)
+        tokens = [own["tokens"] for own in asked]
+        result["verifier"] = {
+            "asked": len(asked),
+            "decided": sum(row["outcome"] != "abstained" for row in rows if "verifier" in row),
+            "tokens": None if None in tokens else sum(tokens),
+            "vote_alone": _share([row["score"] for row in alone]),
+        }
     if task.kind in WITH_OPTIONS:
         result["chance"] = sum(1 / row["options"] for row in rows) / len(rows)
     if task.kind == "choice_logprob":

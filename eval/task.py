@@ -70,6 +70,20 @@ class Vote:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verifier:
+    """What the model of --verifier is asked where the vote abstains; see eval.verifier."""
+
+    text: str = (
+        "{question}\n\nHere are {n} answers to this question.\n\n{answers}\n\n"
+        'Which answer contains the least incorrect information? End with "The answer is K", where K is its number.'
+    )
+    """`{answers}`: all samples, numbered; `{n}`: how many."""
+    temperature: float = 0.0
+    max_tokens: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Score:
     """How answers are judged and counted."""
 
@@ -98,6 +112,7 @@ class Task:
     prompt: Prompt = field(default_factory=Prompt)
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(temperature=0.0))
     vote: Vote = field(default_factory=Vote)
+    verifier: Verifier = field(default_factory=Verifier)
     score: Score = field(default_factory=Score)
 
     @property
@@ -111,7 +126,14 @@ class Task:
         return digest_of(asdict(self.prompt))
 
 
-SECTIONS = {"fields": Fields, "prompt": Prompt, "sampling": SamplingOptions, "vote": Vote, "score": Score}
+SECTIONS = {
+    "fields": Fields,
+    "prompt": Prompt,
+    "sampling": SamplingOptions,
+    "vote": Vote,
+    "verifier": Verifier,
+    "score": Score,
+}
 
 
 def load_task(path: str | Path) -> Task:
@@ -171,6 +193,8 @@ def _check(task: Task, tables: Mapping[str, Any]) -> None:
         ("prompt.option", task.prompt.option, not names <= {None, "label", "text"}, "may have {label} and {text} only"),
         ("vote.threshold", task.vote.threshold, not 1 <= task.vote.threshold <= n, f"must be 1 to sampling.n = {n}"),
         ("score.k", score.k, any(not 1 <= k <= n for k in score.k), f"must be 1 to sampling.n = {n}"),
+        ("verifier.max_tokens", task.verifier.max_tokens, task.verifier.max_tokens < 1, "must be 1 or more"),
+        ("verifier.temperature", task.verifier.temperature, task.verifier.temperature < 0, "must be 0 or more"),
         ("score.penalty", score.penalty, score.penalty is not None and score.penalty < 0, "must be 0 or more"),
         ("score.rel_tol", score.rel_tol, not 0 <= score.rel_tol < 1, "must be at least 0 and below 1"),
         ("score.timeout_s", score.timeout_s, score.timeout_s <= 0, "must be > 0"),

@@ -15,8 +15,10 @@ from eval_fixtures import evaluate, head, read_json, read_log, run, write_rows, 
 from run_fixtures import PATIENCE_S, ROOT
 
 from data_tools.endpoint_request import Sampling
+from data_tools.samples import Sample
 from eval.scoring import preference_row
 from eval.task import parse_task
+from eval.verifier import decided, without_verifier
 
 CHOICE = """
 name = "short choice"
@@ -91,6 +93,53 @@ def test_a_penalty_of_the_task_and_the_first_of_a_tie(choice: Path, rows: Path, 
     result = read_json(tmp_path / "out" / "report.json")["result"]
     assert result["outcomes"] == {"correct": 2, "wrong": 1, "abstained": 0, "invalid": 1}
     assert result["negative_marking"] == {"value": pytest.approx(0.25), "penalty": 1.0}
+
+
+def said(text: str) -> Sample:
+    return Sample(id="c", sample=0, text=text, finish_reason="stop", model="v", settings_digest="s", prompt_digest="p")
+
+
+@pytest.mark.parametrize(
+    ("text", "pick", "answer", "outcome"),
+    [
+        ("Answer 1 is careful. The answer is 1.", 1, "A", "correct"),
+        ("The answer is 2.", 2, "B", "wrong"),
+        ("The answer is 3.", 3, None, "abstained"),  # a sample without a readable answer
+        ("The answer is 4.", None, None, "abstained"),
+        ("Hard to say.", None, None, "abstained"),
+    ],
+)
+def test_what_the_verifier_says(text: str, pick: int | None, answer: str | None, outcome: str) -> None:
+    verdicts = [
+        {"verdict": "correct", "extracted": "A"},
+        {"verdict": "wrong", "extracted": "B"},
+        {"verdict": "invalid", "extracted": None},
+    ]
+    row = {"id": "c", "n": 3, "answer": None, "outcome": "abstained", "score": 0.0, "verdicts": verdicts}
+    found = decided(row, said(text))
+    assert (found["verifier"]["pick"], found["answer"], found["outcome"]) == (pick, answer, outcome)
+    assert found["score"] == float(outcome == "correct")
+    assert [{**own, "verifier": 0} for own in without_verifier([found])] == [{**row, "verifier": 0}]
+
+
+def test_a_verifier_is_asked_about_the_open_items(
+    choice: Path, rows: Path, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only item c has answers and no majority; its prompt shows the question and all three samples."""
+    choice.write_text(CHOICE + "[verifier]\nmax_tokens = 4\n", encoding="utf-8")
+    samples = write_samples(tmp_path / "samples.jsonl", TEXTS)
+    more = ("--samples", samples, "--verifier", tiny_model_dir)
+    assert run(choice, rows, tmp_path / "out", *more) == 0
+    (prompt,) = read_log(tmp_path / "out" / "verifier_prompts.jsonl").values()
+    assert prompt["id"] == "c" and prompt["settings"]["max_tokens"] == 4
+    assert prompt["prompt"].startswith("3?\n\nHere are 3 answers")
+    assert "Answer 2:\nThe answer is B.\n\nAnswer 3:\nI do not know." in prompt["prompt"]
+    result = read_json(tmp_path / "out" / "report.json")["result"]
+    assert result["verifier"]["asked"] == 1 and result["verifier"]["vote_alone"]["value"] == 0.25
+    assert "verifier_weights" in read_json(tmp_path / "out" / "report.json")["digests"]
+    assert run(choice, rows, tmp_path / "out", *more) == 0
+    assert run("mbpp", rows, tmp_path / "new", *more) == 2
+    assert "--verifier: kind code has no vote" in capsys.readouterr().err
 
 
 def test_choice_on_the_tiny_model(choice: Path, rows: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
