@@ -2,7 +2,8 @@
 
 A row: id, subject, gold, answer (the vote's), outcome (correct, wrong, abstained, invalid), score (0..1), right and n
 (samples), votes, verdicts (one a sample: verdict, extracted, why), tokens (drawn, all samples), cut (samples that ended
-at max_tokens). Programs have no vote: with several samples their outcome is null and their score the share that passes.
+at max_tokens). Programs and free answers have no vote: with several samples their outcome is null and their score the
+share that is right.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ def judged_rows(
         else:
             verdicts = [[_verdict(task, item, sample.text) for sample in samples[item.id]] for item in some]
         for item, own in zip(some, verdicts, strict=True):
-            yield _row(task, item, samples[item.id], own)
+            yield item_row(task, item, samples[item.id], own)
 
 
 def _verdict(task: Task, item: Item, text: str) -> Verdict:
@@ -74,10 +75,11 @@ def _programs(task: Task, items: Sequence[Item], samples: Mapping[str, Sequence[
     return [verdicts[start : start + n] for start in range(0, len(verdicts), n)]
 
 
-def _row(task: Task, item: Item, samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def item_row(task: Task, item: Item, samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """The row of an item from its samples and their verdicts."""
     right, n = sum(verdict.verdict == "correct" for verdict in verdicts), len(verdicts)
     row: dict[str, Any] = {"id": item.id, "subject": item.subject, "gold": item.gold}
-    if task.kind == "code":
+    if task.kind in ("code", "free"):
         row |= {"answer": None, "outcome": verdicts[0].verdict if n == 1 else None, "score": right / n}
     else:
         answers = [None if verdict.verdict == "invalid" else verdict.extracted for verdict in verdicts]

@@ -18,7 +18,8 @@ from eval import contamination
 from eval.compare import budget_line, compare_rows
 from eval.items import read_items
 from eval.report import comparison_table, headline, markdown_table
-from eval.run import RunOptions, read_run, run, write_prompts
+from eval.run import read_run, run, write_prompts
+from eval.run_settings import RunOptions
 from eval.task import GENERATED, load_task
 from trainer.entry import run_command
 from trainer.errors import UserError
@@ -53,6 +54,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", help="samples drawn elsewhere (`eval.main prompts`, then `eval.sample --url`)")
     parser.add_argument("--reference", help="preference with rule reward: the model that training began from")
     parser.add_argument("--verifier", help="a model that decides where the vote abstains (`[verifier]` of the task)")
+    parser.add_argument("--judge", help="free answers: the model that judges them (`[judge]` of the task)")
     parser.add_argument("--baseline", help="folder of another run on the same items, compared in the report")
     parser.add_argument("--limit", type=int, help="only the first N items")
     parser.add_argument("--dtype", choices=["bf16", "float32"], help="default: bf16 to draw, float32 to score texts")

@@ -153,6 +153,11 @@ def _result_rows(result: Mapping[str, Any]) -> list[Cells]:
         own = result["verifier"]
         rows.append((f"{result['metric']} of the vote alone", _ranged(own["vote_alone"])))
         rows.append(("items that the verifier was asked about, and decided", f"{own['asked']}, {own['decided']}"))
+    if "audit" in result:
+        own = result["audit"]
+        rows.append(("judged samples in audit.jsonl, checked by a person", f"{own['rows']}, {own['checked']}"))
+        if own["checked"]:
+            rows.append(("person and judge agree", f"{_ranged(own['agreement'])}, kappa {own['kappa']:.3f}"))
     rows += [(f"by rule {rule}", _ranged(own)) for rule, own in result.get("rules", {}).items()]
     rows += [(f"pass@{k}", _ranged(own)) for k, own in result.get("pass_at_k", {}).items()]
     if "margin_nats" in result:

@@ -46,7 +46,10 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     if min(only_a, only_b) < 0:
         raise ValueError(f"{only_a=} and {only_b=} must be 0 or more")
     total, fewer = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(total, k) for k in range(fewer + 1))  # whole numbers: exact at any size
+    tail = term = 1  # whole numbers, C(total, k) one after another: exact at any size
+    for k in range(fewer):
+        term = term * (total - k) // (k + 1)
+        tail += term
     return 1.0 if 2 * tail >= 1 << total else 2 * tail / (1 << total)
 
 
@@ -80,6 +83,15 @@ def bootstrap_mean(
     """Mean of N values (sum(value) / sum(weight) with weights) and its 95% interval over resampled items."""
     zeros = [0.0] * len(values)
     return paired_bootstrap(zeros, values, weights=weights, seed=seed, resamples=resamples)
+
+
+def cohen_kappa(a: Sequence[str], b: Sequence[str]) -> float:
+    """Agreement of two judges beyond chance: (po - pe) / (1 - pe) (Cohen 1960); 1 where both only ever say one."""
+    if len(a) != len(b) or not a:
+        raise ValueError(f"two lists of one length, at least 1, are needed, got {len(a)} and {len(b)}")
+    observed = sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
+    expected = sum(a.count(name) * b.count(name) for name in set(a)) / len(a) ** 2
+    return 1.0 if expected == 1 else (observed - expected) / (1 - expected)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -83,7 +83,7 @@ def group_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def _metric(task: Task) -> str:
     if task.kind == "preference":
         return "reward accuracy" if task.score.rule == "reward" else f"chosen likelier ({task.score.rule})"
-    return "pass@1" if task.kind == "code" else "accuracy"
+    return {"code": "pass@1", "free": "judged right"}.get(task.kind, "accuracy")
 
 
 def _share(scores: Sequence[float]) -> dict[str, float]:

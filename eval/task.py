@@ -4,9 +4,9 @@
     kind = "choice"                            choice_logprob  pick the option whose text (or letter) is likeliest
     [fields]                                   numeric         write a number
     question = "question"                      code            write a program that passes tests; pass@k
-    [prompt]                                   preference      prefer chosen to rejected (rows are pairs)
-    text = "{question}\\n\\n{options}"           perplexity      nats a token of a text
-    [sampling]
+    [prompt]                                   free            write anything; a model judges it
+    text = "{question}\\n\\n{options}"           preference      prefer chosen to rejected (rows are pairs)
+    [sampling]                                 perplexity      nats a token of a text
     n = 5
 
 `{name}` in a prompt is `question`, `options`, `labels` or any column of the row; `{{name}}` is `{name}` itself. Which
@@ -26,8 +26,8 @@ from eval.vote import Ties
 from trainer.config_values import nearest, typed
 from trainer.errors import ABSENT, ConfigError, UserError
 
-Kind = Literal["choice", "choice_logprob", "numeric", "code", "preference", "perplexity"]
-GENERATED = ("choice", "numeric", "code")
+Kind = Literal["choice", "choice_logprob", "numeric", "code", "free", "preference", "perplexity"]
+GENERATED = ("choice", "numeric", "code", "free")
 """Kinds that are answered by drawing samples."""
 WITH_OPTIONS = ("choice", "choice_logprob")
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
@@ -84,6 +84,21 @@ class Verifier:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What the model of --judge is asked of a free answer; see eval.judge."""
+
+    text: str = (
+        "Question:\n{question}\n\nReference answer:\n{gold}\n\nAnswer to be judged:\n{response}\n\n"
+        "Does the answer to be judged say the same as the reference answer? Reply with Yes or No only."
+    )
+    """`{gold}`: the reference; `{response}`: the answer."""
+    right: str = "Yes"
+    wrong: str = "No"
+    audit: int = 50
+    """So many judged samples are written to audit.jsonl for a person."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Score:
     """How answers are judged and counted."""
 
@@ -113,6 +128,7 @@ class Task:
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(temperature=0.0))
     vote: Vote = field(default_factory=Vote)
     verifier: Verifier = field(default_factory=Verifier)
+    judge: Judge = field(default_factory=Judge)
     score: Score = field(default_factory=Score)
 
     @property
@@ -132,6 +148,7 @@ SECTIONS = {
     "sampling": SamplingOptions,
     "vote": Vote,
     "verifier": Verifier,
+    "judge": Judge,
     "score": Score,
 }
 
@@ -195,6 +212,8 @@ def _check(task: Task, tables: Mapping[str, Any]) -> None:
         ("score.k", score.k, any(not 1 <= k <= n for k in score.k), f"must be 1 to sampling.n = {n}"),
         ("verifier.max_tokens", task.verifier.max_tokens, task.verifier.max_tokens < 1, "must be 1 or more"),
         ("verifier.temperature", task.verifier.temperature, task.verifier.temperature < 0, "must be 0 or more"),
+        ("judge.audit", task.judge.audit, task.judge.audit < 0, "must be 0 or more"),
+        ("judge.wrong", task.judge.wrong, task.judge.wrong == task.judge.right, "must differ from judge.right"),
         ("score.penalty", score.penalty, score.penalty is not None and score.penalty < 0, "must be 0 or more"),
         ("score.rel_tol", score.rel_tol, not 0 <= score.rel_tol < 1, "must be at least 0 and below 1"),
         ("score.timeout_s", score.timeout_s, score.timeout_s <= 0, "must be > 0"),

@@ -181,6 +181,12 @@ def test_other_settings_are_refused(
 ) -> None:
     samples = write_samples(tmp_path / "s.jsonl", TEXTS)
     assert run(choice, rows, tmp_path / "out", "--samples", samples) == 0
+    settings = read_json(tmp_path / "out" / "settings.json")
+    settings["code"]["sources"] = "before"  # other code is no reason to refuse, and is named in the report
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    for _ in range(2):
+        assert run(choice, rows, tmp_path / "out", "--samples", samples) == 0
+        assert "before" in read_json(tmp_path / "out" / "report.json")["digests"]["code"]["earlier"]
     write_rows(rows, ROWS[:3])
     choice.write_text(CHOICE.replace("threshold = 2", "threshold = 1"), encoding="utf-8")
     assert run(choice, rows, tmp_path / "out", "--samples", samples) == 2

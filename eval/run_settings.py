@@ -1,0 +1,142 @@
+"""What a run of a task is made from: its options, and the settings and digests by which a second start is the same one.
+
+Nothing is run here; see eval.run.
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_tools.chat_template import load_chat_template
+from data_tools.disk import user_cache
+from data_tools.file_digests import FileDigests, hash_file
+from data_tools.tokenizer import load_tokenizer
+from eval.task import GENERATED, Task
+from trainer.errors import RunError, UserError
+from trainer.reference_cache import weights_digest
+from trainer.run_folder import write_file
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("kernels", "data_tools", "trainer", "eval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options of `python -m eval.main run`. model may be None where `samples` names a file drawn elsewhere."""
+
+    task: str
+    data: str
+    out: str
+    model: str | None = None
+    samples: str | None = None
+    reference: str | None = None
+    verifier: str | None = None
+    judge: str | None = None
+    baseline: str | None = None
+    limit: int | None = None
+    dtype: str | None = None
+    """None: bf16 where samples are drawn, float32 where texts are scored."""
+    chat_template: str | None = None
+    few_shot: str | None = None
+    slots: int = 16
+
+
+def check_options(task: Task, options: RunOptions) -> None:
+    """Raises UserError for options that do not go together, or not with the task."""
+    drawn = task.kind in GENERATED
+    for wrong, problem in (
+        (options.samples and not drawn, f"--samples: kind {task.kind} draws no samples"),
+        (options.few_shot and not drawn, "--few-shot: is for kinds that draw; write the examples into prompt.text"),
+        (not options.model and not options.samples, "--model: required (or --samples with a file drawn elsewhere)"),
+        (options.model and options.samples, "--samples were drawn elsewhere: --model would not be used; leave it out"),
+        (task.score.rule == "reward" and not options.reference, "--reference: score.rule = reward needs it"),
+        (options.reference and task.score.rule != "reward", "--reference: only score.rule = reward uses it"),
+        (task.kind == "free" and not options.judge, "--judge: kind free needs a model that judges"),
+        (options.judge and task.kind != "free", f"--judge: kind {task.kind} is not judged by a model"),
+        (options.verifier and task.kind not in ("choice", "numeric"), f"--verifier: kind {task.kind} has no vote"),
+        (options.limit is not None and options.limit < 1, "--limit: must be 1 or more"),
+    ):
+        if wrong:
+            raise UserError(problem)
+
+
+def dtype_of(task: Task, options: RunOptions) -> str:
+    """The arithmetic of a run: bf16 or float32."""
+    return options.dtype or ("bf16" if task.kind in GENERATED else "float32")
+
+
+def settings_of(task: Task, options: RunOptions) -> dict[str, Any]:
+    """What the run is made from: paths and numbers for a reader, digests for a comparison, the state of the code."""
+    digests = FileDigests(user_cache("reference") / "digests.json")
+    identity: dict[str, Any] = {
+        "task": task.digest,
+        "prompt_template": task.template_digest,
+        "data_sha256": hash_file(options.data) if Path(options.data).is_file() else None,
+        "dtype": dtype_of(task, options),
+    }
+    for name in ("model", "reference", "verifier", "judge"):
+        folder = getattr(options, name)
+        if folder is not None:
+            template = load_chat_template(folder, options.chat_template if name in ("model", "reference") else None)
+            identity[f"{name}_weights"] = weights_digest(folder, digests)
+            identity[f"{name}_tokenizer"] = load_tokenizer(folder).digest
+            identity[f"{name}_chat_template"] = None if template is None else template.digest
+    for name, path in (("samples_sha256", options.samples), ("few_shot_sha256", options.few_shot)):
+        if path is not None:
+            if not Path(path).is_file():
+                raise UserError(f"{path}: no such file")
+            identity[name] = hash_file(path)
+    digests.save()
+    shown = {
+        name: value for name, value in asdict(options).items() if value is not None and name not in ("out", "task")
+    }
+    shown["task_file"] = options.task
+    machine = {"torch": torch.__version__, "python": platform.python_version(), "gpu": torch.cuda.is_available()}
+    return {"identity": identity, "settings": {**shown, **machine}, "code": code_state()}
+
+
+def take_up(path: Path, settings: dict[str, Any]) -> None:
+    """Write settings.json, or see that the one there says the same. Raises RunError.
+
+    Other code is no reason to refuse, but the digests of what began the run stay in `code.earlier`.
+    """
+    if path.exists():
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            identity, code = there["identity"], there["code"]
+            earlier = [*code.get("earlier", []), code["sources"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise RunError(path, "is not a file of settings; name another --out") from None
+        names = dict.fromkeys([*settings["identity"], *identity])
+        if other := [name for name in names if identity.get(name) != settings["identity"].get(name)]:
+            raise RunError(path.parent, f"holds a run with another {', '.join(other)}; name another --out")
+        if others := [own for own in dict.fromkeys(earlier) if own != settings["code"]["sources"]]:
+            settings["code"]["earlier"] = others
+    write_file(path, json.dumps(settings, indent=1) + "\n")
+
+
+def code_state() -> dict[str, Any]:
+    """The git commit where this is a checkout, and a digest of all source files in any case."""
+    total = hashlib.sha256()
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        total.update(f"{path.relative_to(ROOT)} {hash_file(path)}\n".encode())
+    return {"git": _git_state(), "sources": total.hexdigest()}
+
+
+def _git_state() -> str:
+    command = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run(
+            [*command, "status", "--porcelain", "--", *PACKAGES], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+    count = len(changed.splitlines())
+    return commit.strip() + (f", {count} files changed since" if count else "")
