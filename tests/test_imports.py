@@ -28,7 +28,7 @@ LIBRARIES_OF = {
 }
 SLOW = {"torch.distributed.fsdp"}
 """Imported where they are used: they take most of a second, and a run on one rank does without."""
-OPTIONAL = {"httpx", "matplotlib", "tensorboard", "triton", "torch.utils.tensorboard"} | SLOW
+OPTIONAL = {"bitsandbytes", "httpx", "matplotlib", "tensorboard", "triton", "torch.utils.tensorboard"} | SLOW
 """Imported inside the function that needs them, since they may not be installed."""
 COLLECTIVES_IN = {"trainer/dist.py"}
 SHARDING_MODULES = ("checkpoint", "device_mesh", "fsdp", "tensor")
