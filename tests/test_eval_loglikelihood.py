@@ -4,6 +4,7 @@ The oracle runs every option as a sequence of its own, prompt and option in one,
 logits. Ours runs the prompt once with the options as branches.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,19 @@ def test_a_text_without_a_scored_token_is_an_error(tiny_model_dir: Path) -> None
     item = Item(id="x", subject="all", line=7, prompt="", options={}, gold=None, completions=("a",))
     with pytest.raises(DataError, match=r"data.jsonl:7: nothing to score in 'a'"):
         option_groups([item], load_tokenizer(tiny_model_dir), None, "data.jsonl")
+
+
+def test_an_option_goes_on_where_the_prompt_ends(shared_dir: Path, tmp_path: Path) -> None:
+    """sentencepiece puts a space before a text that begins a sequence; an option begins none."""
+    model = shared_dir / "data" / "tokenizers" / "mistral" / "tokenizer.model.v1"
+    shutil.copy(model, tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path)
+    item = Item(id="x", subject="all", line=1, prompt="un", options={}, gold=None, completions=("done", " done"))
+    (group,) = option_groups([item], tokenizer, None, "data.jsonl")
+    prompt, first, _ = (int(length) for length in group.lengths)
+    ids = group.ids.tolist()
+    assert tokenizer.decode(ids[: prompt + first]).endswith("undone")
+    assert tokenizer.decode(ids[:prompt] + ids[prompt + first :]).endswith("un done")
 
 
 def test_rules_by_hand() -> None:
