@@ -46,12 +46,17 @@ def _drawn(result: Mapping[str, Any]) -> str:
     return f"{own['n']} ({'tokens not known' if own['tokens'] is None else str(own['tokens']) + ' tokens'}){asked}"
 
 
-def _paired(a: Sequence[Row], b: Sequence[Row], names: tuple[str, str]) -> list[tuple[Row, Row]]:
-    mine, theirs = {row["id"]: row for row in a}, {row["id"]: row for row in b}
-    for one, two, own, other in ((mine, theirs, *names), (theirs, mine, *reversed(names))):
+def check_same_items(a: Sequence[str], b: Sequence[str], names: tuple[str, str]) -> None:
+    """Raises UserError unless both lists hold the same ids."""
+    for one, two, own, other in ((a, set(b), *names), (b, set(a), *reversed(names))):
         if missing := [name for name in one if name not in two]:
             shown = ", ".join(missing[:SHOWN])
             raise UserError(f"{len(missing)} items of {own} are not in {other} (first: {shown}); run both on one file")
+
+
+def _paired(a: Sequence[Row], b: Sequence[Row], names: tuple[str, str]) -> list[tuple[Row, Row]]:
+    mine, theirs = {row["id"]: row for row in a}, {row["id"]: row for row in b}
+    check_same_items(list(mine), list(theirs), names)
     for name, row in mine.items():
         other = theirs[name]
         if (

@@ -26,7 +26,7 @@ from data_tools.samples import Sample, messages_of, read_samples
 from data_tools.tokenizer import load_tokenizer
 from eval import sample
 from eval.answers import item_row, judged_rows, samples_by_item
-from eval.compare import budget_line, compare_rows
+from eval.compare import budget_line, check_same_items, compare_rows
 from eval.item_log import ItemLog, Row, read_rows
 from eval.items import Item, read_items, subject_of
 from eval.judge import audit_result, judge_items, judge_rows, judge_verdict, write_audit
@@ -55,6 +55,11 @@ def run(options: RunOptions) -> dict[str, Any]:
     check_options(task, options)
     out = Path(options.out)
     items = [] if task.kind == "preference" else read_items(task, options.data, limit=options.limit)
+    baseline = None if options.baseline is None else read_run(options.baseline)
+    if baseline is not None and items:  # before the work, not after it
+        check_same_items(
+            [item.id for item in items], [row["id"] for row in baseline[1]], ("this run", options.baseline)
+        )
     with RunLock(out, wait_s=5.0):
         settings = settings_of(task, options)
         take_up(out / "settings.json", settings)
@@ -69,8 +74,8 @@ def run(options: RunOptions) -> dict[str, Any]:
             "settings": {**settings["settings"], "task": _plain(task), "bootstrap_seed": SEED},
             "digests": {**settings["identity"], "code": settings["code"]},
         }
-        if options.baseline is not None:
-            report |= _against(options.baseline, rows, report["result"])
+        if baseline is not None:
+            report |= _against(options.baseline, baseline, rows, report["result"])
         write_report(out, report)
     return report
 
@@ -250,11 +255,13 @@ def _fill(log: ItemLog, rows: Iterable[Row], order: Sequence[str], stop: StopReq
         raise TrainingStopped(f"{log.path}: {missing} items are missing, start the same command again to go on")
 
 
-def _against(folder: str, rows: Sequence[Row], result: Mapping[str, Any]) -> dict[str, Any]:
+def _against(
+    folder: str | None, baseline: tuple[Mapping[str, Any], list[Row]], rows: Sequence[Row], result: Mapping[str, Any]
+) -> dict[str, Any]:
     """The comparison with a baseline's run (A) and whether both had the same budget."""
-    report, theirs = read_run(folder)
+    report, theirs = baseline
+    found = compare_rows(theirs, rows, (str(folder), "this run"))
     line = budget_line(report["result"], result)
-    found = compare_rows(theirs, rows, (folder, "this run"))
     return {"comparison": found, "baseline": f"A is {folder} ({report['settings'].get('model', 'samples')}): {line}"}
 
 

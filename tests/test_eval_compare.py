@@ -139,6 +139,9 @@ def test_a_baseline_is_in_the_report(tmp_path: Path) -> None:
     report = read_json(tmp_path / "own" / "report.json")
     assert report["comparison"]["mcnemar"]["only_b"] == 1
     assert report["baseline"].endswith("the same number of samples an item: A 1 (30 tokens), B 1 (30 tokens)")
+    more = ("--samples", tmp_path / "own.jsonl", "--baseline", tmp_path / "base", "--limit", 2)
+    assert run(task, data, tmp_path / "less", *more) == 2  # said before the work, not after it
+    assert not (tmp_path / "less").exists()
     assert "| all items | 3 | 0.333 | 0.667 | +0.333 [" in (tmp_path / "own" / "report.md").read_text(encoding="utf-8")
 
 
