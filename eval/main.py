@@ -55,6 +55,8 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", help="preference with rule reward: the model that training began from")
     parser.add_argument("--verifier", help="a model that decides where the vote abstains (`[verifier]` of the task)")
     parser.add_argument("--judge", help="free answers: the model that judges them (`[judge]` of the task)")
+    parser.add_argument("--reward-model", help="best of n: the sample whose log-prob this model has raised most ...")
+    parser.add_argument("--reward-reference", help="... over this one, that its training began from")
     parser.add_argument("--baseline", help="folder of another run on the same items, compared in the report")
     parser.add_argument("--limit", type=int, help="only the first N items")
     parser.add_argument("--dtype", choices=["bf16", "float32"], help="default: bf16 to draw, float32 to score texts")

@@ -153,6 +153,8 @@ def _result_rows(result: Mapping[str, Any]) -> list[Cells]:
         own = result["verifier"]
         rows.append((f"{result['metric']} of the vote alone", _ranged(own["vote_alone"])))
         rows.append(("items that the verifier was asked about, and decided", f"{own['asked']}, {own['decided']}"))
+    if "best_of_n" in result:
+        rows.append((f"best of {result['samples']['n']} by reward", _ranged(result["best_of_n"])))
     if "audit" in result:
         own = result["audit"]
         rows.append(("judged samples in audit.jsonl, checked by a person", f"{own['rows']}, {own['checked']}"))

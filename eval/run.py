@@ -4,6 +4,7 @@
         prompts.jsonl   what the model is asked, samples.jsonl what it wrote (kinds that draw; eval.sample)
         verifier_prompts.jsonl, verifier_samples.jsonl   the same of the verifier
         judge_scores.jsonl   log-probs of the judge's verdicts, audit.jsonl some samples for a person to judge (free)
+        programs.jsonl   verdicts of programs (code), reward_scores.jsonl, reward_reference_scores.jsonl   best of n
         scores.jsonl, reference_scores.jsonl   log-probs of pairs (preference)
         items.jsonl     a row an item: answer, verdicts, log-probs
         report.json, report.md, report.html
@@ -12,7 +13,7 @@ A killed run goes on with the same command: samples and scores that are there st
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from data_tools.samples import Sample, messages_of, read_samples
 from data_tools.tokenizer import load_tokenizer
 from eval import sample
 from eval.answers import item_row, judged_rows, samples_by_item
+from eval.best_of_n import answered_items, logps_rows, with_best
 from eval.compare import budget_line, check_same_items, compare_rows
 from eval.item_log import ItemLog, Row, read_rows
 from eval.items import Item, read_items, subject_of
@@ -121,35 +123,75 @@ def write_prompts(task: Task, items: Sequence[Item], path: str | Path) -> None:
 
 def _rows(task: Task, options: RunOptions, items: Sequence[Item]) -> list[Row]:
     """Every item's row, in the order of the data."""
-    out = Path(options.out)
     if task.kind == "preference":
         return _preference_rows(task, options)
-    order = [item.id for item in items]
     if task.kind in GENERATED:
-        samples = samples_by_item(task, items, read_samples(_samples_file(task, options, items)).samples)
-        if task.kind == "free":
-            return _judged(task, options, items, samples)
-        if task.kind != "code":  # reading letters and numbers takes no time and is done anew
-            rows = list(judged_rows(task, items, samples))
-            rows = rows if options.verifier is None else _verified(task, options, items, rows, samples)
-            with ItemLog(out / "items.jsonl", fresh=True) as log:
-                for row in rows:
-                    log.append(row)
-            return rows
-        with ItemLog(out / "items.jsonl") as log, StopRequest() as stop:
-            missing = [item for item in items if item.id not in log.rows]
-            _fill(log, judged_rows(task, missing, samples, stop.asked), order, stop)
-            return [log.rows[name] for name in order]
+        return _generated_rows(task, options, items)
     assert options.model is not None
-    with ItemLog(out / "items.jsonl") as log, StopRequest() as stop:
+
+    def rows_of(missing: Sequence[Item], *rest: Any) -> Iterator[Row]:
+        return likelihood_rows(task, missing, *rest)
+
+    log = _score(task, options, Path(options.out) / "items.jsonl", items, options.model, rows_of, options.chat_template)
+    return [log[item.id] for item in items]
+
+
+def _generated_rows(task: Task, options: RunOptions, items: Sequence[Item]) -> list[Row]:
+    out = Path(options.out)
+    samples = samples_by_item(task, items, read_samples(_samples_file(task, options, items)).samples)
+    if task.kind == "code":  # programs take long: what was run is kept
+        with ItemLog(out / "programs.jsonl") as log, StopRequest() as stop:
+            missing = [item for item in items if item.id not in log.rows]
+            _fill(log, judged_rows(task, missing, samples, stop.asked), [item.id for item in items], stop)
+        rows = [log.rows[item.id] for item in items]
+    elif task.kind == "free":
+        rows = _judged(task, options, items, samples)
+    else:
+        rows = list(judged_rows(task, items, samples))
+        rows = rows if options.verifier is None else _verified(task, options, items, rows, samples)
+    if options.reward_model is not None:
+        rows = _rewarded(task, options, items, rows, samples)
+    with ItemLog(out / "items.jsonl", fresh=True) as log:
+        for row in rows:
+            log.append(row)
+    return rows
+
+
+def _score(
+    task: Task,
+    options: RunOptions,
+    path: Path,
+    items: Sequence[Item],
+    folder: str,
+    rows_of: Callable[..., Iterator[Row]],
+    template: str | None = None,
+) -> dict[str, Row]:
+    """Rows by id of a log that is filled by `rows_of(items, groups, model, stopped)` with the model in `folder`."""
+    with ItemLog(path) as log, StopRequest() as stop:
         missing = [item for item in items if item.id not in log.rows]
         if missing:
-            template = load_chat_template(options.model, options.chat_template)
-            groups = option_groups(missing, load_tokenizer(options.model), template, options.data)
-            check_vocabulary(groups, ModelConfig.from_folder(options.model), options.model)
-            model = load_for_scoring(options.model, dtype_of(task, options))
-            _fill(log, likelihood_rows(task, missing, groups, model, stop.asked), order, stop)
-        return [log.rows[name] for name in order]
+            groups = option_groups(missing, load_tokenizer(folder), load_chat_template(folder, template), options.data)
+            check_vocabulary(groups, ModelConfig.from_folder(folder), folder)
+            model = load_for_scoring(folder, dtype_of(task, options))
+            _fill(log, rows_of(missing, groups, model, stop.asked), [item.id for item in items], stop)
+        return log.rows
+
+
+def _rewarded(
+    task: Task,
+    options: RunOptions,
+    items: Sequence[Item],
+    rows: Sequence[Row],
+    samples: Mapping[str, Sequence[Sample]],
+) -> list[Row]:
+    """The rows with the samples' implicit rewards and the best one's verdict."""
+    out = Path(options.out)
+    assert options.reward_model is not None and options.reward_reference is not None
+    texts = answered_items(items, samples)
+    policy = _score(task, options, out / "reward_scores.jsonl", texts, options.reward_model, logps_rows)
+    path = out / "reward_reference_scores.jsonl"
+    reference = _score(task, options, path, texts, options.reward_reference, logps_rows)
+    return [with_best(row, samples[row["id"]], policy.get(row["id"]), reference.get(row["id"])) for row in rows]
 
 
 def _samples_file(task: Task, options: RunOptions, items: Sequence[Item]) -> Path:
@@ -201,20 +243,12 @@ def _judged(
     out = Path(options.out)
     assert options.judge is not None
     asked = judge_items(task, items, samples)
-    with ItemLog(out / "judge_scores.jsonl") as scores, StopRequest() as stop:
-        missing = [item for item in asked if item.id not in scores.rows]
-        if missing:
-            template = load_chat_template(options.judge)
-            groups = option_groups(missing, load_tokenizer(options.judge), template, options.data)
-            check_vocabulary(groups, ModelConfig.from_folder(options.judge), options.judge)
-            judge = load_for_scoring(options.judge, dtype_of(task, options))
-            _fill(scores, judge_rows(missing, groups, judge, stop.asked), [item.id for item in asked], stop)
-    with ItemLog(out / "items.jsonl", fresh=True) as log:
-        for item in items:
-            own = samples[item.id]
-            verdicts = [judge_verdict(scores.rows.get(f"{item.id}#{sample.sample}")) for sample in own]
-            log.append(item_row(task, item, own, verdicts))
-        rows = list(log.rows.values())
+    scores = _score(task, options, out / "judge_scores.jsonl", asked, options.judge, judge_rows)
+    rows = []
+    for item in items:
+        own = samples[item.id]
+        verdicts = [judge_verdict(scores.get(f"{item.id}#{sample.sample}")) for sample in own]
+        rows.append(item_row(task, item, own, verdicts))
     write_audit(task, out / "audit.jsonl", items, samples, rows)
     return rows
 

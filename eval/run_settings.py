@@ -38,6 +38,8 @@ class RunOptions:
     reference: str | None = None
     verifier: str | None = None
     judge: str | None = None
+    reward_model: str | None = None
+    reward_reference: str | None = None
     baseline: str | None = None
     limit: int | None = None
     dtype: str | None = None
@@ -60,6 +62,8 @@ def check_options(task: Task, options: RunOptions) -> None:
         (task.kind == "free" and not options.judge, "--judge: kind free needs a model that judges"),
         (options.judge and task.kind != "free", f"--judge: kind {task.kind} is not judged by a model"),
         (options.verifier and task.kind not in ("choice", "numeric"), f"--verifier: kind {task.kind} has no vote"),
+        (bool(options.reward_model) != bool(options.reward_reference), "--reward-model needs --reward-reference"),
+        (options.reward_model and not drawn, f"--reward-model: kind {task.kind} draws no samples"),
         (options.limit is not None and options.limit < 1, "--limit: must be 1 or more"),
     ):
         if wrong:
@@ -80,7 +84,7 @@ def settings_of(task: Task, options: RunOptions) -> dict[str, Any]:
         "data_sha256": hash_file(options.data) if Path(options.data).is_file() else None,
         "dtype": dtype_of(task, options),
     }
-    for name in ("model", "reference", "verifier", "judge"):
+    for name in ("model", "reference", "verifier", "judge", "reward_model", "reward_reference"):
         folder = getattr(options, name)
         if folder is not None:
             template = load_chat_template(folder, options.chat_template if name in ("model", "reference") else None)

@@ -62,6 +62,8 @@ def summarise(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
             "tokens": None if None in tokens else sum(tokens),
             "vote_alone": _share([row["score"] for row in alone]),
         }
+    if "best_score" in rows[0]:
+        result["best_of_n"] = _share([row["best_score"] for row in rows])
     if task.kind in WITH_OPTIONS:
         result["chance"] = sum(1 / row["options"] for row in rows) / len(rows)
     if task.kind == "choice_logprob":

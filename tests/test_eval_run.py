@@ -16,6 +16,7 @@ from run_fixtures import PATIENCE_S, ROOT
 
 from data_tools.endpoint_request import Sampling
 from data_tools.samples import Sample
+from eval.best_of_n import with_best
 from eval.scoring import preference_row
 from eval.task import parse_task
 from eval.verifier import decided, without_verifier
@@ -140,6 +141,34 @@ def test_a_verifier_is_asked_about_the_open_items(
     assert run(choice, rows, tmp_path / "out", *more) == 0
     assert run("mbpp", rows, tmp_path / "new", *more) == 2
     assert "--verifier: kind code has no vote" in capsys.readouterr().err
+
+
+def test_best_of_n_by_hand() -> None:
+    """Gains 1, 3 and 3 nats with an empty sample among them: the first of the best two, which is wrong."""
+    samples = [said("x"), said("  "), said("y"), said("z")]
+    verdicts = [{"verdict": name} for name in ("correct", "invalid", "wrong", "correct")]
+    row = {"id": "c", "verdicts": verdicts}
+    policy, reference = {"logps": [-4.0, -5.0, -1.0]}, {"logps": [-5.0, -8.0, -4.0]}
+    found = with_best(row, samples, policy, reference)
+    assert (found["rewards"], found["best"], found["best_score"]) == ([1.0, None, 3.0, 3.0], 2, 0.0)
+    assert with_best(row, samples, {"logps": [-3.0, -9.0, -1.0]}, {"logps": [-9.0, -8.0, -4.0]})["best_score"] == 1.0
+    assert with_best(row, samples[1:2], None, None)["best"] is None
+
+
+def test_best_of_n_against_itself_takes_the_first_sample(
+    choice: Path, rows: Path, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal models give rewards of 0: the first sample with text, right in a and c of four."""
+    samples = write_samples(tmp_path / "samples.jsonl", TEXTS)
+    more = ("--samples", samples, "--reward-model", tiny_model_dir)
+    assert run(choice, rows, tmp_path / "out", *more) == 2
+    assert "--reward-model needs --reward-reference" in capsys.readouterr().err
+    assert run(choice, rows, tmp_path / "out", *more, "--reward-reference", tiny_model_dir) == 0
+    log = read_log(tmp_path / "out" / "items.jsonl")
+    assert log["d"]["rewards"] == [0.0, 0.0, None] and log["a"]["outcome"] == "correct"
+    result = read_json(tmp_path / "out" / "report.json")["result"]
+    assert result["best_of_n"]["value"] == 0.5 and result["micro"]["value"] == 0.25
+    assert "best of 3 by reward | 0.500 [" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 def test_choice_on_the_tiny_model(choice: Path, rows: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -284,7 +313,7 @@ def test_programs_are_run(shared_dir: Path, tmp_path: Path) -> None:
     log = read_log(tmp_path / "out" / "items.jsonl")[row["task_id"]]
     assert [said["verdict"] for said in log["verdicts"]] == ["correct", "wrong", "invalid"]
     # programs are not run again: a row that is there stays
-    write_rows(tmp_path / "out" / "items.jsonl", [{**log, "right": 3}])
+    write_rows(tmp_path / "out" / "programs.jsonl", [{**log, "right": 3}])
     assert run(task, data, tmp_path / "out", "--samples", samples) == 0
     assert read_json(tmp_path / "out" / "report.json")["result"]["pass_at_k"]["1"]["value"] == 1
 
