@@ -154,6 +154,15 @@ def test_an_option_goes_on_where_the_prompt_ends(shared_dir: Path, tmp_path: Pat
     assert tokenizer.decode(ids[:prompt] + ids[prompt + first :]).endswith("un done")
 
 
+def test_it_ends_between_batches_when_asked(tiny_model_dir: Path) -> None:
+    items = [Item(id=i, subject="", line=1, prompt="a b", options={}, gold=None, completions=(" c d",)) for i in "xyz"]
+    groups = option_groups(items, load_tokenizer(tiny_model_dir), None, "data.jsonl")
+    asked = iter([False, False, True])
+    model, texts = load_for_scoring(tiny_model_dir, "float32"), [item.completions for item in items]
+    found = likelihoods(model, groups, texts, tokens_per_batch=1, stopped=lambda: next(asked))
+    assert len(list(found)) == 2
+
+
 def test_rules_by_hand() -> None:
     """-6 over 3 tokens and 12 bytes against -5 over 1 token and 4 bytes: the shorter wins the sum alone."""
     scores = [Likelihood(-6.0, 3, 12), Likelihood(-5.0, 1, 4)]
