@@ -233,6 +233,22 @@ def test_other_settings_are_refused(
         assert problem in capsys.readouterr().err
 
 
+def test_a_start_that_failed_does_not_hold_its_folder(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mended data file is welcome as long as nothing was scored with the faulty one."""
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt": "?", "chosen": "a", "rejected": "a"}])
+    task = tmp_path / "t.toml"
+    task.write_text('name = "t"\nkind = "preference"', encoding="utf-8")
+    assert run(task, data, tmp_path / "out", "--model", tiny_model_dir) == 2
+    assert "d.jsonl:1: field 'rejected': identical to 'chosen'" in capsys.readouterr().err
+    write_rows(data, [{"prompt": "?", "chosen": "a", "rejected": "b"}])
+    assert run(task, data, tmp_path / "out", "--model", tiny_model_dir) == 0
+    write_rows(data, [{"prompt": "?", "chosen": "a", "rejected": "c"}])
+    assert run(task, data, tmp_path / "out", "--model", tiny_model_dir) == 2
+    assert "holds a run with another data_sha256" in capsys.readouterr().err
+
+
 def test_likelihood_run_goes_on_after_a_torn_row(tmp_path: Path, tiny_model_dir: Path) -> None:
     """Two whole rows stay as they are (one is marked to see it), the torn third one and the rest are computed again."""
     data = write_rows(tmp_path / "d.jsonl", ROWS)
