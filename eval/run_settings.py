@@ -108,7 +108,8 @@ def settings_of(task: Task, options: RunOptions) -> dict[str, Any]:
 def take_up(path: Path, settings: dict[str, Any]) -> None:
     """Write settings.json, or see that the one there says the same. Raises RunError.
 
-    A folder without results, of a start that failed, is taken as new. Other code is no reason to refuse, but the digests of what began the run stay in `code.earlier`.
+    A folder without results, of a start that failed, is taken as new. Other code is no reason to refuse, but the
+    digests of what began the run stay in `code.earlier`.
     """
     results = [own for own in path.parent.glob("*.jsonl") if "prompts" not in own.name and own.stat().st_size]
     if path.exists() and results:
