@@ -24,6 +24,19 @@ from trainer.run_folder import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "data_tools", "trainer", "eval")
+RESULTS = (
+    "samples.jsonl",
+    "items.jsonl",
+    "programs.jsonl",
+    "verifier_samples.jsonl",
+    "judge_scores.jsonl",
+    "audit.jsonl",
+    "reward_scores.jsonl",
+    "reward_reference_scores.jsonl",
+    "scores.jsonl",
+    "reference_scores.jsonl",
+)
+"""Files of a run that hold work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +124,10 @@ def take_up(path: Path, settings: dict[str, Any]) -> None:
     A folder without results, of a start that failed, is taken as new. Other code is no reason to refuse, but the
     digests of what began the run stay in `code.earlier`.
     """
-    results = [own for own in path.parent.glob("*.jsonl") if "prompts" not in own.name and own.stat().st_size]
-    if path.exists() and results:
+    results = [own for name in RESULTS if (own := path.parent / name).exists() and own.stat().st_size]
+    if results and not path.exists():
+        raise RunError(path.parent, f"has {results[0].name} but no {path.name}: not a run's folder; name another --out")
+    if results:
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
             identity, code = there["identity"], there["code"]

@@ -247,6 +247,10 @@ def test_a_start_that_failed_does_not_hold_its_folder(
     write_rows(data, [{"prompt": "?", "chosen": "a", "rejected": "c"}])
     assert run(task, data, tmp_path / "out", "--model", tiny_model_dir) == 2
     assert "holds a run with another data_sha256" in capsys.readouterr().err
+    mine = write_rows(tmp_path / "items.jsonl", [{"id": 1}])  # somebody's own file is not taken for a log
+    assert run(task, data, tmp_path, "--model", tiny_model_dir) == 2
+    assert "has items.jsonl but no settings.json: not a run's folder" in capsys.readouterr().err
+    assert mine.read_text(encoding="utf-8") == '{"id": 1}\n'
 
 
 def test_likelihood_run_goes_on_after_a_torn_row(tmp_path: Path, tiny_model_dir: Path) -> None:
