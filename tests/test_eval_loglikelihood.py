@@ -7,7 +7,6 @@ logits. Ours runs the prompt once with the options as branches.
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -115,16 +114,13 @@ def test_chat_prompts_on_the_tiny_model(shared_dir: Path, tiny_model_dir: Path) 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("task", "data"), [own for own in SETS if own != ("choice_letter", "medqa")])
-def test_hundred_items_on_smollm2(
-    task: str, data: str, shared_dir: Path, smollm2_dir: Path, record_property: Any
-) -> None:
+def test_hundred_items_on_smollm2(task: str, data: str, shared_dir: Path, smollm2_dir: Path) -> None:
     """Tokens differ by float32 rounding through 30 layers: 2e-4 nats a token at most."""
     loaded = load_task(task)
     items = read_items(loaded, shared_dir / "data" / data / "test.jsonl", limit=100)
     counts = compare(smollm2_dir, loaded, items, 2e-4)
     assert counts["items"] == 100
     assert counts["other_joint"] == 0
-    record_property("counts", counts)
 
 
 def test_an_empty_prompt_without_bos_scores_from_the_second_token(tiny_model_dir: Path) -> None:
