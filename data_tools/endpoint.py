@@ -25,7 +25,7 @@ from data_tools.endpoint_client import Endpoint, Result
 from data_tools.endpoint_config import DEFAULT_KEY, EndpointConfig, Totals
 from data_tools.endpoint_limits import RetryPolicy
 from data_tools.endpoint_request import PATHS, Question, Sampling, SettingsError, body_of
-from data_tools.errors import MAX_ERRORS, DataError, DataErrors, UserError
+from data_tools.errors import DataError, UserError, check_each
 from data_tools.samples import Prompt, Sample, SampleWriter, digest_of, read_prompts
 
 QUIET_S = 10.0
@@ -34,24 +34,20 @@ QUIET_S = 10.0
 
 def questions_of(prompts: Sequence[Prompt], sampling: Sampling, config: EndpointConfig) -> list[Question]:
     """Every prompt as a question for all of its samples. Raises DataErrors for rows that cannot be asked."""
-    questions: list[Question] = []
-    errors: list[DataError] = []
-    for prompt in prompts:
+
+    def check(prompt: Prompt) -> Question:
         try:
             own = sampling.changed(prompt.settings)
             question = Question(id=prompt.id, prompt=prompt.prompt, sampling=own, samples=tuple(range(own.n)))
             body_of(question, model=config.model, api=config.api, sample=0)
             if own.seed is not None and config.samples_per_request > 1:
                 raise SettingsError("seed: cannot be with samples_per_request above 1; leave one of them out")
-            questions.append(question)
+            return question
         except UserError as error:
             field = "settings" if isinstance(error, SettingsError) else "prompt"
-            errors.append(DataError(prompt.path, prompt.line, field=field, problem=str(error)))
-            if len(errors) == MAX_ERRORS:
-                break
-    if errors:
-        raise DataErrors(errors, more=len(errors) == MAX_ERRORS)
-    return questions
+            raise DataError(prompt.path, prompt.line, field=field, problem=str(error)) from None
+
+    return check_each(prompts, check)
 
 
 def still_wanted(questions: Sequence[Question], writer: SampleWriter, config: EndpointConfig) -> list[Question]:

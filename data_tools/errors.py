@@ -3,10 +3,15 @@
 Commands catch `UserError`, print it and exit with code 2; any other exception is our own bug and keeps its traceback.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 MAX_ERRORS = 20
 """So many are collected before reading stops: enough to see the pattern, few enough to read."""
+
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 class UserError(ValueError):
@@ -36,6 +41,23 @@ class DataErrors(UserError):
         self.errors, self.more = errors, more
         count = [f"{len(errors)} errors" + (", the rest was not checked" if more else "")] if len(errors) > 1 else []
         super().__init__("\n".join([*map(str, errors), *count]))
+
+
+def check_each(items: Iterable[T], check: Callable[[T], R]) -> list[R]:
+    """`check` of every item, in order. The DataErrors that it raises are collected: raises DataErrors with up to
+    MAX_ERRORS of them, after which no further item is looked at."""
+    checked: list[R] = []
+    errors: list[DataError] = []
+    for item in items:
+        try:
+            checked.append(check(item))
+        except DataError as error:
+            errors.append(error)
+            if len(errors) == MAX_ERRORS:
+                raise DataErrors(errors, more=True) from None
+    if errors:
+        raise DataErrors(errors, more=False)
+    return checked
 
 
 class TemplateError(UserError):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from data_tools.errors import MAX_ERRORS, DataError, DataErrors
+from data_tools.errors import DataError, check_each
 from data_tools.schema import Kind, Record, check_record
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -34,23 +34,17 @@ def read_records(paths: Sequence[str | Path], *, kind: Kind) -> list[Record]:
 
     Raises DataErrors with up to 20 DataErrors over all files. An id may stand only once.
     """
-    records: list[Record] = []
-    errors: list[DataError] = []
     seen: dict[str, Record] = {}
-    for path, line, value in _scan_all(paths):
-        try:
-            if isinstance(value, DataError):
-                raise value
-            record = check_record(value, kind=kind, path=path, line=line)
-            _check_unique(record, value, seen)
-            records.append(record)
-        except DataError as error:
-            errors.append(error)
-            if len(errors) == MAX_ERRORS:
-                raise DataErrors(errors, more=True) from None
-    if errors:
-        raise DataErrors(errors, more=False)
-    return records
+
+    def check(row: tuple[str, int, object]) -> Record:
+        path, line, value = row
+        if isinstance(value, DataError):
+            raise value
+        record = check_record(value, kind=kind, path=path, line=line)
+        _check_unique(record, value, seen)
+        return record
+
+    return check_each(_scan_all(paths), check)
 
 
 def _check_unique(record: Record, value: object, seen: dict[str, Record]) -> None:

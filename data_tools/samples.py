@@ -38,7 +38,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from data_tools.errors import MAX_ERRORS, DataError, DataErrors, UserError
+from data_tools.errors import DataError, UserError, check_each
 from data_tools.jsonl import DECODER, iter_jsonl
 from data_tools.schema import Message, Text, check_prompt
 
@@ -110,27 +110,21 @@ def messages_of(prompt: Text) -> list[dict[str, str]]:
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Read and check a prompts file. Raises DataErrors with up to 20 faults; an id may stand only once."""
-    prompts: list[Prompt] = []
-    errors: list[DataError] = []
     seen: dict[str, int] = {}
-    for line, value in iter_jsonl(path):
-        try:
-            record = check_prompt(value, path=path, line=line)
-            assert isinstance(value, dict)
-            settings = value.get("settings", {})
-            if not isinstance(settings, dict):
-                raise DataError(path, line, field="settings", problem='expected an object like {"temperature": 0.7}')
-            first = seen.setdefault(record.id, line)
-            if first != line:
-                raise DataError(path, line, field="id", problem=f"'{record.id}' already stands in line {first}")
-            prompts.append(Prompt(record.id, record.prompt, settings, str(path), line))
-        except DataError as error:
-            errors.append(error)
-            if len(errors) == MAX_ERRORS:
-                raise DataErrors(errors, more=True) from None
-    if errors:
-        raise DataErrors(errors, more=False)
-    return prompts
+
+    def check(row: tuple[int, object]) -> Prompt:
+        line, value = row
+        record = check_prompt(value, path=path, line=line)
+        assert isinstance(value, dict)
+        settings = value.get("settings", {})
+        if not isinstance(settings, dict):
+            raise DataError(path, line, field="settings", problem='expected an object like {"temperature": 0.7}')
+        first = seen.setdefault(record.id, line)
+        if first != line:
+            raise DataError(path, line, field="id", problem=f"'{record.id}' already stands in line {first}")
+        return Prompt(record.id, record.prompt, settings, str(path), line)
+
+    return check_each(iter_jsonl(path), check)
 
 
 def read_samples(path: str | Path) -> SamplesRead:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import MAX_ERRORS, DataError, DataErrors, UserError
+from data_tools.errors import DataError, UserError, check_each
 from data_tools.jsonl import iter_jsonl
 from data_tools.verify_code import (
     CodeTask,
@@ -96,19 +96,13 @@ def _read_tasks(path: str) -> dict[str, tuple[int, Row]]:
 
 def _read_samples(path: str, kind: str, tasks: Mapping[str, tuple[int, Row]] | None) -> Iterator[tuple[Row, str, Any]]:
     """(sample's row, its text, what is asked), checked; raises DataErrors with up to 20 faults."""
-    errors: list[DataError] = []
     ready: dict[str, CodeTask] = {}
-    found = []
-    for line, value in iter_jsonl(path):
-        try:
-            found.append(_read_sample(_object(value, path, line), path, line, kind, tasks, ready))
-        except DataError as error:
-            errors.append(error)
-            if len(errors) == MAX_ERRORS:
-                raise DataErrors(errors, more=True) from None
-    if errors:
-        raise DataErrors(errors, more=False)
-    yield from found
+
+    def check(row: tuple[int, object]) -> tuple[Row, str, Any]:
+        line, value = row
+        return _read_sample(_object(value, path, line), path, line, kind, tasks, ready)
+
+    yield from check_each(iter_jsonl(path), check)
 
 
 def _read_sample(

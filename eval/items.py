@@ -1,11 +1,12 @@
 """Rows of the user's file as a task's items: prompt, options, right answer, subject; checked, with file and line."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import MAX_ERRORS, DataError, DataErrors, UserError
+from data_tools.errors import DataError, UserError, check_each
 from data_tools.jsonl import iter_jsonl
 from data_tools.schema import Message, Text
 from data_tools.verify_code import CodeTask, humaneval_task, mbpp_task, plain_task
@@ -42,29 +43,16 @@ def read_items(task: Task, path: str | Path, *, limit: int | None = None) -> lis
 
     Raises DataErrors with up to 20 faults, each with file and line.
     """
-    items: list[Item] = []
-    errors: list[DataError] = []
     seen: dict[str, int] = {}
-    for line, row in _rows(path, limit):
-        try:
-            item = _item(task, row, path, line)
-            if (first := seen.setdefault(item.id, line)) != line:
-                raise DataError(path, line, field=task.fields.id, problem=f"'{item.id}' already stands in line {first}")
-            items.append(item)
-        except DataError as error:
-            errors.append(error)
-            if len(errors) == MAX_ERRORS:
-                raise DataErrors(errors, more=True) from None
-    if errors:
-        raise DataErrors(errors, more=False)
-    return items
 
+    def check(row: tuple[int, object]) -> Item:
+        line, value = row
+        item = _item(task, value, path, line)
+        if (first := seen.setdefault(item.id, line)) != line:
+            raise DataError(path, line, field=task.fields.id, problem=f"'{item.id}' already stands in line {first}")
+        return item
 
-def _rows(path: str | Path, limit: int | None) -> Iterator[tuple[int, object]]:
-    for number, (line, row) in enumerate(iter_jsonl(path)):
-        if number == limit:
-            return
-        yield line, row
+    return check_each(islice(iter_jsonl(path), limit), check)
 
 
 def subject_of(row: Mapping[str, Any], task: Task) -> str:

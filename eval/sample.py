@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data_tools import endpoint
 from data_tools.chat_template import load_chat_template
 from data_tools.encode import encode_prompts
-from data_tools.errors import MAX_ERRORS, DataError, DataErrors
+from data_tools.errors import DataError, check_each
 from data_tools.jsonl import read_records
 from data_tools.samples import Prompt, Sample, SampleWriter, digest_of, messages_of, read_prompts
 from data_tools.schema import Message, Record, Text
@@ -178,8 +178,8 @@ def _with_examples(prompt: Text, shots: Sequence[Record], api: str) -> Text:
 
 def _options_of_rows(prompts: Sequence[Prompt], common: SamplingOptions) -> list[SamplingOptions]:
     """The common options with each row's settings over them. Raises DataErrors."""
-    found, errors = [], []
-    for prompt in prompts:
+
+    def check(prompt: Prompt) -> SamplingOptions:
         try:
             unknown = sorted(set(prompt.settings) - set(ROW_SETTINGS))
             if unknown:
@@ -188,14 +188,11 @@ def _options_of_rows(prompts: Sequence[Prompt], common: SamplingOptions) -> list
                 name: tuple([value] if isinstance(value, str) else value) if name in ("stop", "stop_ids") else value
                 for name, value in prompt.settings.items()
             }
-            found.append(replace(common, **own))
+            return replace(common, **own)
         except (UserError, TypeError) as error:
-            errors.append(DataError(prompt.path, prompt.line, field="settings", problem=str(error)))
-            if len(errors) == MAX_ERRORS:
-                break
-    if errors:
-        raise DataErrors(errors, more=len(errors) == MAX_ERRORS)
-    return found
+            raise DataError(prompt.path, prompt.line, field="settings", problem=str(error)) from None
+
+    return check_each(prompts, check)
 
 
 def _options(args: argparse.Namespace) -> SamplingOptions:
