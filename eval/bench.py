@@ -30,11 +30,13 @@ from data_tools.tokenizer import load_tokenizer
 from eval.generate import Request, generate
 from eval.sampling import SamplingOptions
 from trainer import numerics
+from trainer.bench import show_numbers
 from trainer.entry import run_command
 from trainer.errors import RunError, UserError
 from trainer.metrics import peak_memory_mib
 from trainer.models.hf_weights import load_decoder
 from trainer.models.packed import pack_for_sampling
+from trainer.run_folder import write_file
 
 NEAR = 1e-4
 """Two logits that are no further apart may come in either order."""
@@ -170,13 +172,9 @@ def main(argv: list[str]) -> None:
         numbers = ours(args) if args.side == "ours" else theirs(args)
     else:
         numbers = bench(args, argv)
-        for name, value in numbers.items():
-            print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
+        show_numbers(numbers)
     if args.json:
-        try:
-            Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise RunError(args.json, f"cannot be written ({error.strerror}); give another --json") from None
+        write_file(args.json, json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +29,11 @@ from trainer import bench_scaling, numerics, predict
 from trainer.batch import scored_tokens
 from trainer.config import Config, load_config
 from trainer.entry import run_command
-from trainer.errors import RunError, UserError
+from trainer.errors import UserError
 from trainer.loader import Loader
 from trainer.loop import Run, train_step
 from trainer.metrics import peak_memory_mib
+from trainer.run_folder import write_file
 from trainer.startup import make_run, open_data
 
 GEMM = (2048, 576, 1536)
@@ -196,13 +198,15 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     work = {"step": step_bench, "scaling": bench_scaling.scaling_bench, "predict": predict.prediction_table}
     numbers = work[args.command](args)
+    show_numbers(numbers)
+    if args.json:
+        write_file(args.json, json.dumps(numbers, indent=1) + "\n")
+
+
+def show_numbers(numbers: Mapping[str, object]) -> None:
+    """What a benchmark found, a line each."""
     for name, value in numbers.items():
         print(f"{name:<34} {value:.4g}" if isinstance(value, float) else f"{name:<34} {value}")
-    if args.json:
-        try:
-            Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise RunError(args.json, f"cannot be written ({error.strerror}); give another --json") from None
 
 
 if __name__ == "__main__":
