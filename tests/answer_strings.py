@@ -1,7 +1,8 @@
 """Answers as models write them, in English, Persian and Chinese, with what a verifier has to say about each.
 
 Written by hand. (question, text, verdict, extracted): the question names the options of `OPTIONS` and its gold
-label, or is the gold number itself; `extracted` is None for `invalid`.
+label, or is the gold number itself; `extracted` is None for `invalid`. One table, longer than 400 lines because it
+is data.
 """
 
 OPTIONS = {

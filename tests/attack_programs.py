@@ -2,7 +2,7 @@
 
 Every program is asked for f(2) == 4 and f(3) == 9. An attack would pass if it worked. `{mark}` is filled with a word
 that is looked for among the machine's processes, `{outside}` with a file in /tmp that must not come to be, `{readable}`
-with a file that the user nobody may read.
+with a file that the user nobody may read. One table of programs, longer than 400 lines because it is data.
 """
 
 # name: (program, a part of what the verdict says)

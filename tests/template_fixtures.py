@@ -1,6 +1,7 @@
 """Chat templates in the style of each model family, written for these tests from the formats' descriptions. Not a test.
 
 The families' own templates differ in wording and in what they do with tools; the text around messages is theirs.
+One table of templates, longer than 400 lines because it is data.
 """
 
 from dataclasses import dataclass
