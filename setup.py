@@ -25,8 +25,19 @@ setup(
     ],
     extras_require={
         # transformers (with protobuf, for sentencepiece models), peft and scikit-learn are oracles: tests compare with
-        # them, nothing else imports them. httpx is the extra "endpoints" at work.
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "transformers", "peft", "protobuf", "scikit-learn", "httpx"],
+        # them, and eval.bench times transformers where it is installed. httpx is the extra "endpoints" at work.
+        "test": [
+            "pytest",
+            "hypothesis",
+            "packaging",
+            "ruff",
+            "mypy",
+            "transformers",
+            "peft",
+            "protobuf",
+            "scikit-learn",
+            "httpx",
+        ],
         "plots": ["matplotlib", "tensorboard"],
         "endpoints": ["httpx"],
         "qlora": ["bitsandbytes"],
