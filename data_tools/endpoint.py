@@ -52,22 +52,15 @@ def questions_of(prompts: Sequence[Prompt], sampling: Sampling, config: Endpoint
 
 def still_wanted(questions: Sequence[Question], writer: SampleWriter, config: EndpointConfig) -> list[Question]:
     """The questions without the samples that the file has. Raises UserError where it has them of another kind."""
-    there = {sample.key: sample for sample in writer.samples}
     wanted = []
     for question in questions:
-        digests = {"settings": question.sampling.digest(config.api), "prompt": digest_of(question.prompt)}
-        for k in question.samples:
-            sample = there.get((question.id, k))
-            if sample is None:
-                continue
-            had = {"settings": sample.settings_digest, "prompt": sample.prompt_digest}
-            other = [name for name in digests if digests[name] != had[name]]
-            if sample.model != config.model:
-                other.insert(0, f"model ('{sample.model}')")
-            if other:
-                problem = f"sample {k} of id '{question.id}' was drawn with another {' and '.join(other)}"
-                raise UserError(f"{writer.path}: {problem}; name another --out")
-        missing = tuple(k for k in question.samples if (question.id, k) not in there)
+        missing = writer.missing(
+            question.id,
+            question.samples,
+            model=config.model,
+            settings_digest=question.sampling.digest(config.api),
+            prompt_digest=digest_of(question.prompt),
+        )
         if missing:
             wanted.append(Question(id=question.id, prompt=question.prompt, sampling=question.sampling, samples=missing))
     return wanted

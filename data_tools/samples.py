@@ -32,7 +32,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -161,12 +161,30 @@ class SampleWriter:
         except BaseException:
             self._close()
             raise
-        self._keys = {sample.key for sample in self.samples}
+        self._there = {sample.key: sample for sample in self.samples}
         self._synced = time.monotonic()
+
+    def missing(
+        self, id: str, samples: Iterable[int], *, model: str, settings_digest: str, prompt_digest: str
+    ) -> tuple[int, ...]:
+        """Those of the `samples` of prompt `id` that the file lacks. Raises UserError for one of another kind."""
+        found = []
+        for number in samples:
+            sample = self._there.get((id, number))
+            if sample is None:
+                found.append(number)
+                continue
+            other = [] if sample.model == model else [f"model ('{sample.model}')"]
+            other += [] if sample.settings_digest == settings_digest else ["settings"]
+            other += [] if sample.prompt_digest == prompt_digest else ["prompt"]
+            if other:
+                problem = f"sample {number} of id '{id}' was drawn with another {' and '.join(other)}"
+                raise UserError(f"{self.path}: {problem}; name another --out")
+        return tuple(found)
 
     def append(self, sample: Sample) -> None:
         """Write one row. Raises UserError when the disk is full or gone, ValueError for a key that is there."""
-        if sample.key in self._keys:
+        if sample.key in self._there:
             raise ValueError(f"{self.path}: sample {sample.sample} of id '{sample.id}' is already there")
         data = row_of(sample)
         end = os.fstat(self._file).st_size
@@ -178,7 +196,7 @@ class SampleWriter:
         except OSError as error:
             os.ftruncate(self._file, end)
             raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
-        self._keys.add(sample.key)
+        self._there[sample.key] = sample
 
     def close(self) -> None:
         """Put everything on the disk and let go of the file."""

@@ -46,7 +46,16 @@ def main(argv: list[str]) -> None:
     requests = _requests(prompts, args, tokenizer)
     options = _options_of_rows(prompts, _options(args))
     with SampleWriter(args.out) as writer:
-        missing = _missing(prompts, options, writer, args)
+        missing = [
+            writer.missing(
+                prompt.id,
+                range(own.n),
+                model=args.model,
+                settings_digest=settings_digest(own, args),
+                prompt_digest=digest_of(prompt.prompt),
+            )
+            for prompt, own in zip(prompts, options, strict=True)
+        ]
         wanted = sum(each.n for each in options)
         todo = sum(map(len, missing))
         if writer.torn:
@@ -121,26 +130,6 @@ def settings_digest(options: SamplingOptions, args: argparse.Namespace) -> str:
     few_shot = digest_of(Path(args.few_shot).read_text(encoding="utf-8")) if args.few_shot else None
     template = digest_of(Path(args.chat_template).read_text(encoding="utf-8")) if args.chat_template else None
     return digest_of({**settings, "dtype": args.dtype, "api": args.api, "few_shot": few_shot, "template": template})
-
-
-def _missing(
-    prompts: Sequence[Prompt], options: Sequence[SamplingOptions], writer: SampleWriter, args: argparse.Namespace
-) -> list[list[int]]:
-    """The samples of each prompt that the file lacks. Raises UserError where it has them of another kind."""
-    there = {sample.key: sample for sample in writer.samples}
-    missing = []
-    for prompt, own in zip(prompts, options, strict=True):
-        digests = {"settings": settings_digest(own, args), "prompt": digest_of(prompt.prompt), "model": args.model}
-        for number in range(own.n):
-            sample = there.get((prompt.id, number))
-            if sample is None:
-                continue
-            had = {"settings": sample.settings_digest, "prompt": sample.prompt_digest, "model": sample.model}
-            if other := [name for name in digests if digests[name] != had[name]]:
-                problem = f"sample {number} of id '{prompt.id}' was drawn with another {' and '.join(other)}"
-                raise UserError(f"{writer.path}: {problem}; name another --out")
-        missing.append([number for number in range(own.n) if (prompt.id, number) not in there])
-    return missing
 
 
 def _requests(prompts: Sequence[Prompt], args: argparse.Namespace, tokenizer: Tokenizer) -> list[Request]:

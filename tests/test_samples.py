@@ -123,6 +123,23 @@ def test_one_writer_at_a_time_and_no_key_twice(tmp_path: Path) -> None:
         SampleWriter(tmp_path)
 
 
+def test_what_is_missing_and_what_is_of_another_kind(tmp_path: Path) -> None:
+    kind = {"model": "m", "settings_digest": "s", "prompt_digest": "p"}
+    with SampleWriter(tmp_path / "s.jsonl") as out:
+        out.append(sample("a", 0))
+        out.append(sample("a", 2))
+        assert out.missing("a", range(4), **kind) == (1, 3)
+        assert out.missing("b", (5,), **kind) == (5,)
+    with SampleWriter(tmp_path / "s.jsonl") as out:
+        assert out.missing("a", (2, 1), **kind) == (1,)
+        assert out.missing("a", (1,), **{**kind, "model": "n"}) == (1,)  # of what is not there nothing can differ
+        for key, words in (("model", r"model \('m'\)"), ("settings_digest", "settings"), ("prompt_digest", "prompt")):
+            with pytest.raises(
+                UserError, match=f"sample 0 of id 'a' was drawn with another {words}; name another --out"
+            ):
+                out.missing("a", range(1), **{**kind, key: "other"})
+
+
 def test_a_killed_writer_loses_no_row_it_has_written(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     code = (
