@@ -10,16 +10,16 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from data_tools.chat_template import load_chat_template
 from data_tools.errors import UserError
 from data_tools.template_check import check_template
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import ModelError
+from trainer.export import headers
 from trainer.memory_plan import activation_bytes, parameter_shapes
 from trainer.models.config import ModelConfig, read_config
-from trainer.models.hf_weights import hf_name, iter_weights, weight_files
+from trainer.models.hf_weights import hf_name, iter_weights
 
 TRAINING_BYTES = {"float32": 16, "bf16": 18, "pure_bf16": 8}
 """A parameter: weight, gradient, two moments; of bf16 the working copy too."""
@@ -92,30 +92,21 @@ def _describe_config(found: Findings, config: ModelConfig, raw: dict) -> None:
 
 def _describe_weights(found: Findings, config: ModelConfig, folder: Path, *, read_weights: bool) -> None:
     try:
-        files = weight_files(folder)
+        stored = headers(folder)
     except ModelError as error:
         found.odd.append(str(error))
         return
     wanted = {hf_name(name): shape for name, shape in parameter_shapes(config).items()}
     dtypes: Counter[str] = Counter()
-    seen: set[str] = set()
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    header = file.get_slice(name)
-                    dtypes[header.get_dtype()] += math.prod(header.get_shape())
-                    if name in wanted and tuple(header.get_shape()) != wanted[name]:
-                        shape = tuple(header.get_shape())
-                        found.odd.append(f"tensor {name} has shape {shape}, config.json asks for {wanted[name]}")
-                    seen.add(name)
-        except (SafetensorError, OSError) as error:
-            found.odd.append(f"{path.name} is not a whole safetensors file ({error})")
-            return
+    for name, (shape, dtype, _) in stored.items():
+        dtypes["other kinds" if dtype is None else str(dtype).removeprefix("torch.")] += math.prod(shape)
+        if shape != wanted.get(name, shape):
+            found.odd.append(f"tensor {name} has shape {shape}, config.json asks for {wanted[name]}")
+    files = {path for _, _, path in stored.values()}
     kinds = ", ".join(f"{count(number)} {dtype}" for dtype, number in dtypes.most_common())
     size = sum(path.stat().st_size for path in files)
     found.say("weights", f"{len(files)} file{'s' if len(files) > 1 else ''}, {size / 2**20:.0f} MiB: {kinds}")
-    missing, extra = sorted(wanted.keys() - seen), sorted(seen - wanted.keys())
+    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     extra = [name for name in extra if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
     if missing:
         found.odd.append(f"{len(missing)} tensors are missing, the first is {missing[0]}")
