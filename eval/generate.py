@@ -67,6 +67,8 @@ class _Waiting:
     keys_and_values: list[tuple[Tensor, Tensor]]
     logits: Tensor
     samples: deque[int]
+    beyond: bool
+    """Longer than what the model was first trained on, where that matters (trainer.models.rope)."""
 
 
 def generate(
@@ -165,10 +167,7 @@ class _Engine:
             while free and self.waiting:
                 first = self.waiting[0]
                 slot = free.pop(0)
-                prompt_length = len(first.request.prompt_ids)
-                rope = next((layer.rope for layer in self.model.config.layers if layer.rope is not None), None)
-                beyond = rope is not None and rope.is_beyond((prompt_length,))
-                self.cache.put(slot, first.keys_and_values, beyond=beyond)
+                self.cache.put(slot, first.keys_and_values, beyond=first.beyond)
                 sample = first.samples.popleft()
                 numbers = uniform_numbers(self.options.seed, first.request.id, sample)
                 self.running[slot] = _Running(first.request, sample, numbers)
@@ -199,8 +198,10 @@ class _Engine:
         lasts = torch.tensor([group.stop - 1 for group in stream.layout])
         stream = Stream(**{**vars(stream), "score_index": lasts}).to(self.device)
         logits = self.model(stream, output="next", cache=cache).float().cpu()
+        ropes = {layer.rope for layer in self.model.config.layers if layer.rope is not None}
         for (request, own), place, row in zip(chosen, stream.layout, logits, strict=True):
-            self.waiting.append(_Waiting(request, cache.cut(place.start, place.stop), row, own))
+            beyond = any(rope.is_beyond(place.lengths) for rope in ropes)
+            self.waiting.append(_Waiting(request, cache.cut(place.start, place.stop), row, own, beyond))
 
     def _step(self) -> Iterator[Completion]:
         """One token more for every slot in use."""
