@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_tools.encode import SPECIAL_TOKENS
 from eval.stats import wilson_interval
 from trainer.entry import run_command
 from trainer.errors import RunError
@@ -83,13 +84,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--after", required=True, help="the trained model's folder")
     parser.add_argument("--data", required=True, help="held-out pairs, JSON Lines")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bf16"])
+    parser.add_argument("--special-tokens", default="text", choices=SPECIAL_TOKENS, help="as data.special_tokens")
     parser.add_argument("--run", help="run folder: adds speed and memory of the training")
     parser.add_argument("--json", help="write the numbers to this file too")
     args = parser.parse_args(argv)
     rows = read_run(args.run) if args.run else []
     if args.json:
         ensure_file_writable(args.json)
-    groups = read_pairs(args.data, args.before)
+    groups = read_pairs(args.data, args.before, special_tokens=args.special_tokens)
     check_vocabulary(groups, ModelConfig.from_folder(args.after), args.after)
     before = score_pairs(load_for_scoring(args.before, args.dtype), groups)
     after = score_pairs(load_for_scoring(args.after, args.dtype), groups)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from run_fixtures import OWN_PAIRS, arguments, run_here, torch_settings_kept
 
+from data_tools.tokenizer import load_tokenizer
 from eval.preference import compare, main, read_run, table, wilson_interval
 from trainer.entry import exit_code
 from trainer.errors import RunError
@@ -111,3 +112,19 @@ def test_a_model_against_itself_is_all_ties(
     assert numbers["reward_accuracy"] == 0.0 and numbers["logratio_margin"] == 0.0
     assert numbers["margin_before"] == numbers["margin_after"] and math.isfinite(numbers["margin_before"])
     assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
+
+
+def test_special_tokens_in_text_are_read_as_the_run_read_them(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that spells the end of a text: read as a token it has other log-probs than as its letters."""
+    token = load_tokenizer(tiny_model_dir).eos_token
+    pairs = tmp_path / "pairs.jsonl"
+    row = {"prompt": "One?", "chosen": f"yes{token}no", "rejected": "no"}
+    pairs.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    found = []
+    for how in ("text", "control"):
+        argv = ["--before", tiny_model_dir, "--after", tiny_model_dir, "--data", pairs, "--special-tokens", how]
+        assert run(*argv, "--json", tmp_path / "numbers.json") == 0
+        found.append(json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))["chosen_logps_before"])
+    assert abs(found[0] - found[1]) > 1.0
