@@ -1,4 +1,4 @@
-"""The client against llama.cpp's own server with SmolLM2-135M-Instruct, where LOGRATIO_ENDPOINT_SERVER names a Python
+"""The client against llama.cpp's own server with SmolLM2-135M-Instruct, where LOGRATIO_LLAMA_CPP names a Python
 that has the package `xllamacpp` (pip install xllamacpp, in an environment of its own)."""
 
 import contextlib
@@ -29,9 +29,9 @@ QUESTIONS = ["What is the capital of France?", "Name a colour.", "What is 2 + 3?
 
 @contextlib.contextmanager
 def serving(gguf: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    python = os.environ.get("LOGRATIO_ENDPOINT_SERVER")
+    python = os.environ.get("LOGRATIO_LLAMA_CPP")
     if not python:
-        pytest.skip("LOGRATIO_ENDPOINT_SERVER names no Python that has xllamacpp")
+        pytest.skip("LOGRATIO_LLAMA_CPP names no Python that has xllamacpp")
     process = subprocess.Popen(
         [python, str(RUNNER), str(gguf), str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
