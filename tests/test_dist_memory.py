@@ -1,9 +1,11 @@
 """What sharding and activation checkpointing save: live bytes of real steps on 1 and 4 ranks, and resident memory.
 
-Live bytes are what torch's CPU allocator has given out at a time, as its profiler logs it: exact, and the same on every
-machine. The long tests look at resident memory of SmolLM2-135M, and compare it with the memory plan.
+Live bytes are what malloc has given out and not got back, read after every operation (torch's own profiler does not
+see what gloo's threads free). The long tests look at resident memory of SmolLM2-135M, and compare it with the memory
+plan.
 """
 
+import ctypes
 import json
 import os
 import socket
@@ -15,7 +17,7 @@ import pytest
 import torch
 from run_fixtures import PATIENCE_S, arguments, start_function
 from safetensors.numpy import save_file
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import dist, numerics, startup
 from trainer.config import load_config
@@ -39,17 +41,40 @@ class Reading(NamedTuple):
     micro_batches: int
 
 
+class MallocInfo(ctypes.Structure):
+    """What glibc's mallinfo2 gives back, in its order; bytes."""
+
+    names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in names)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that malloc had given out after any operation of this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = ctypes.CDLL(None).mallinfo2
+        self.read.restype = MallocInfo
+        self.start = self.most = self.now()
+
+    def now(self) -> int:
+        info = self.read()
+        return int(info.uordblks + info.hblkhd)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.most = max(self.most, self.now())
+        return result
+
+
 def read_live_bytes(argv: list[str], out: Path, environment: dict[str, str]) -> None:
     """In a process of its own: the second step's live bytes, weights and optimizer among them."""
     os.environ.update(environment)
     run, planned, micro_batches = prepare(argv)
     train_step(run)
     run.masters.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with LiveBytes() as live:
         train_step(run)
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = np.array([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     moments = [state[name] for state in run.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     weights = {
         parameter.data_ptr(): parameter for parameter in map(local, (*run.model.parameters(), *run.masters.masters))
@@ -58,7 +83,7 @@ def read_live_bytes(argv: list[str], out: Path, environment: dict[str, str]) -> 
     if not run.masters.same:
         stays += sum(master.grad.nbytes for master in run.masters.masters)
     heap = SHARDED_HEAP if run.masters.sharded else planned * HEAP_HOLES / (1 + HEAP_HOLES)
-    write(out, Reading(stays + float(changes.cumsum().max()), planned - heap, micro_batches))
+    write(out, Reading(stays + live.most - live.start, planned - heap, micro_batches))
 
 
 def read_resident_bytes(argv: list[str], out: Path, environment: dict[str, str]) -> None:
@@ -131,8 +156,7 @@ def write_pairs(path: Path, words: int) -> None:
 
 @pytest.fixture(scope="module")
 def deep_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 layers of width 128 and tied weights: 5.4 million numbers, of which a block, gathered whole, is little. How
-    many gathered blocks are there at a time depends on when gloo's threads let go of them, by up to 2 MB."""
+    """36 layers of width 128 and tied weights: 5.4 million numbers, of which a block, gathered whole, is little."""
     folder = tmp_path_factory.mktemp("deep")
     for path in tiny_model_dir.iterdir():
         if path.name.startswith("tokenizer"):
