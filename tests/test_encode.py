@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from text_fixtures import CHATML, WITH_BOS, byte_level_folder, smollm2_folder, spaced_folder, talk
 
 from data_tools.chat_template import ChatTemplate, load_chat_template
-from data_tools.encode import EncodeOptions, EncodeReport, Group, encode_records
+from data_tools.encode import EncodeOptions, EncodeReport, Group, encode_prompts, encode_records
 from data_tools.errors import DataErrors, TemplateError, TokenizerError, UserError
 from data_tools.jsonl import read_records
-from data_tools.schema import Record, Text
+from data_tools.schema import Message, Record, Text
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -354,3 +354,15 @@ def test_missing_template_or_eos_is_said_once(chatml: Tokenizer, tmp_path: Path)
 
 def test_no_rows_are_no_groups(chatml: Tokenizer) -> None:
     assert encode_records([], chatml, None, NO_LIMIT) == ([], EncodeReport())
+
+
+@pytest.mark.parametrize("special_tokens", ["text", "control"])
+def test_prompts_alone_are_the_prompts_of_rows(special_tokens: str, chatml: Tokenizer, with_bos: Tokenizer) -> None:
+    """Plain and as messages, with and without a spelling of a control token; completions change nothing."""
+    for tokenizer, source in ((chatml, CHATML), (with_bos, WITH_BOS)):
+        for text in ("2 + 5?", "say <|im_end|> or </s>"):
+            for prompt, completion in ((text, "7"), (talk(text), (Message("assistant", "7"),))):
+                rows = [record(prompt, completion), record(prompt)]
+                whole = branches(encode_one(rows[0], tokenizer, source, special_tokens=special_tokens))[0]
+                found = encode_prompts(rows, tokenizer, template(source), special_tokens=special_tokens)
+                assert found == [whole, whole]

@@ -170,6 +170,17 @@ def test_stops_at_tokens_and_texts(model: Decoder, tokenizer: Tokenizer) -> None
     assert middle in tokenizer.decode(stopped.token_ids)
 
 
+def test_of_two_stop_texts_the_earlier_place_counts(model: Decoder, tokenizer: Tokenizer) -> None:
+    """One token brings both: its whole text, and the text without its first letter."""
+    (request,) = requests_of((6,), model.config.vocab_size)
+    (plain,) = generate(model, tokenizer, [request], SamplingOptions(max_tokens=60, temperature=1.0))
+    texts = [tokenizer.decode([token]) for token in plain.token_ids]
+    whole = next(text for text in texts if len(text) > 2 and plain.text.find(text) == plain.text.find(text[1:]) - 1)
+    own = SamplingOptions(max_tokens=60, temperature=1.0, stop=(whole[1:], whole))
+    (stopped,) = generate(model, tokenizer, [request], own)
+    assert (stopped.text, stopped.finish_reason) == (plain.text[: plain.text.index(whole)], "stop")
+
+
 def test_slots_are_refilled_and_fewer_at_the_end(model: Decoder, tokenizer: Tokenizer) -> None:
     """Samples end at different times (at a common token); at no time are more than 4 under way, at the end fewer."""
     requests = requests_of((5,) * 12, model.config.vocab_size)
