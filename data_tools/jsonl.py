@@ -5,12 +5,13 @@ Only lines and JSON are judged here; what a row must hold is the business of `sc
 
 import gzip
 import json
+import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from data_tools.errors import DataError, check_each
+from data_tools.errors import DataError, UserError, check_each
 from data_tools.schema import Kind, Record, check_record
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -45,6 +46,19 @@ def read_records(paths: Sequence[str | Path], *, kind: Kind) -> list[Record]:
         return record
 
     return check_each(_scan_all(paths), check)
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """All rows, or no file: written beside it, then renamed. Raises UserError where that cannot be done."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _check_unique(record: Record, value: object, seen: dict[str, Record]) -> None:

@@ -9,39 +9,27 @@ is asked stands in the row with that id of the --tasks file or, without --tasks,
     code     a row of HumanEval (prompt, entry_point, test) or MBPP (test_list, ...), or `tests`: Python, as text or a
              list of lines, with `entry_points` (names of the program that shadow built-ins) and `prompt` where needed
 
-`task_id` does for `id`. --out gets a row for each sample, in order: id, sample (where given), verdict (correct, wrong
-or invalid), extracted, why; for code also limit, sandbox and output. It appears when all is judged. Exit codes: 0 done,
-2 the input is wrong (each fault with file and line).
+`task_id` does for `id`; a sample's id may be its question's with more behind a "#" (`q7#3`). --out gets a row for each
+sample, in order: id, sample (where given), verdict (correct, wrong or invalid), extracted, why; for code also limit,
+sandbox and output. It appears when all is judged. Exit codes: 0 done, 2 the input is wrong (each fault with file and
+line).
 """
 
 import argparse
 import collections
-import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.errors import DataError, UserError, check_each
-from data_tools.jsonl import iter_jsonl
-from data_tools.verify_code import (
-    CodeTask,
-    Limits,
-    check_programs,
-    extract_program,
-    humaneval_task,
-    mbpp_task,
-    plain_task,
-)
-from data_tools.verify_number import DEFAULT_REL_TOL, parse_number, verify_number
+from data_tools.jsonl import iter_jsonl, write_rows
+from data_tools.questions import RULE_KINDS, Row, check_asked, code_task, gold_of, id_of, question_id
+from data_tools.verify_code import CodeTask, Limits, check_programs, extract_program
+from data_tools.verify_number import DEFAULT_REL_TOL, verify_number
 from data_tools.verify_option import verify_option
 from data_tools.verify_result import Verdict, invalid
 
-KINDS = ("option", "number", "code")
-GOLD_FIELDS = {"option": ("gold", "answer"), "number": ("gold", "final_answer", "answer")}
-
-Row = Mapping[str, Any]
 Job = Callable[[], Verdict]
 
 
@@ -67,11 +55,11 @@ def _verify(args: argparse.Namespace) -> None:
     if args.kind == "code":
         verdicts = _code_verdicts([(text, task) for _, text, task in samples], limits, args.workers)
     elif args.kind == "number":
-        verdicts = (verify_number(text, _gold(row, "number"), rel_tol=args.rel_tol) for _, text, row in samples)
+        verdicts = (verify_number(text, gold_of(row, "number"), rel_tol=args.rel_tol) for _, text, row in samples)
     else:
-        verdicts = (verify_option(text, str(_gold(row, "option")), row["options"]) for _, text, row in samples)
+        verdicts = (verify_option(text, str(gold_of(row, "option")), row["options"]) for _, text, row in samples)
     done = list(zip((row for row, _, _ in samples), verdicts, strict=True))
-    _write(args.out, (_out_row(row, verdict) for row, verdict in done))
+    write_rows(args.out, (_out_row(row, verdict) for row, verdict in done))
     print(_summary([verdict for _, verdict in done], args.out))
 
 
@@ -87,7 +75,7 @@ def _read_tasks(path: str) -> dict[str, tuple[int, Row]]:
     tasks: dict[str, tuple[int, Row]] = {}
     for line, value in iter_jsonl(path):
         row = _object(value, path, line)
-        name = _id(row, path, line)
+        name = id_of(row, path, line)
         if name in tasks:
             raise DataError(path, line, field="id", problem=f"'{name}' already stands in line {tasks[name][0]}")
         tasks[name] = (line, row)
@@ -114,56 +102,21 @@ def _read_sample(
         raise DataError(path, line, field=field, problem=f"expected the answer as a string, got {type(text).__name__}")
     asked = row
     if tasks is not None:
-        name = _id(row, path, line)
-        if name not in tasks:
+        name = id_of(row, path, line)
+        asked_id = question_id(name, tasks)
+        if asked_id is None:
             raise DataError(path, line, field="id", problem=f"'{name}' is no id of the tasks file")
-        asked = tasks[name][1]
+        asked = tasks[asked_id][1]
     try:
         if kind == "code":
-            return row, text, _code_task(asked, f"{Path(path).name}:{line}", ready if tasks is not None else {})
-        _check_asked(asked, kind)
+            name = str(asked.get("id", asked.get("task_id", f"{Path(path).name}:{line}")))
+            if tasks is None or name not in ready:
+                ready[name] = code_task(asked, name)
+            return row, text, ready[name]
+        check_asked(asked, kind)
     except UserError as error:
         raise DataError(path, line, field=None, problem=str(error)) from None
     return row, text, asked
-
-
-def _check_asked(row: Row, kind: str) -> None:
-    """Raises UserError for a question that cannot be judged."""
-    gold = _gold(row, kind)
-    if kind == "number":
-        if isinstance(gold, bool) or not isinstance(gold, str | int | float) or parse_number(str(gold)) is None:
-            raise UserError(f"gold {gold!r} is no number")
-        return
-    options = row.get("options")
-    if not isinstance(options, dict | list):
-        raise UserError(f"field 'options': expected an object or a list, got {type(options).__name__}")
-    verify_option("", str(gold), options)
-
-
-def _gold(row: Row, kind: str) -> Any:
-    for field in GOLD_FIELDS[kind]:
-        if row.get(field) is not None:
-            return row[field]
-    raise UserError(f"field 'gold': missing (or {', '.join(GOLD_FIELDS[kind][1:])})")
-
-
-def _code_task(row: Row, place: str, ready: dict[str, CodeTask]) -> CodeTask:
-    name = str(row.get("id", row.get("task_id", place)))
-    if name not in ready:
-        try:
-            if "entry_point" in row and "test" in row:
-                ready[name] = humaneval_task({"task_id": name, **row})
-            elif "test_list" in row:
-                ready[name] = mbpp_task({"task_id": name, **row})
-            elif "tests" in row:
-                ready[name] = plain_task(row, name)
-            else:
-                raise UserError("has no tests: expected 'tests', 'test_list', or 'test' with 'entry_point'")
-        except SyntaxError as error:
-            raise UserError(f"the tests of task {name} are no Python: {error.msg}") from None
-        except KeyError as error:
-            raise UserError(f"field {error}: missing") from None
-    return ready[name]
 
 
 def _object(value: object, path: str, line: int) -> Row:
@@ -172,30 +125,10 @@ def _object(value: object, path: str, line: int) -> Row:
     return value
 
 
-def _id(row: Row, path: str, line: int) -> str:
-    name = row.get("id", row.get("task_id"))
-    if isinstance(name, bool) or not isinstance(name, str | int):
-        raise DataError(path, line, field="id", problem=f"expected a string or a number, got {type(name).__name__}")
-    return str(name)
-
-
 def _out_row(row: Row, verdict: Verdict) -> dict[str, Any]:
     kept = {name: row[name] for name in ("id", "task_id", "sample") if name in row}
     said = {"verdict": verdict.verdict, "extracted": verdict.extracted, "why": verdict.why}
     return {**kept, **said, **verdict.details}
-
-
-def _write(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """All rows, or no file: written beside it, then renamed."""
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _summary(verdicts: Sequence[Verdict], out: str) -> str:
@@ -213,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kind", required=True, choices=KINDS, help="what the answers are")
+    parser.add_argument("--kind", required=True, choices=RULE_KINDS, help="what the answers are")
     parser.add_argument("--samples", required=True, help="JSON Lines of answers")
     parser.add_argument("--out", required=True, help="JSON Lines of verdicts, written anew")
     parser.add_argument("--tasks", help="JSON Lines of questions by id (default: each sample's own row)")

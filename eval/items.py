@@ -8,11 +8,13 @@ from typing import Any
 
 from data_tools.errors import DataError, UserError, check_each
 from data_tools.jsonl import iter_jsonl
+from data_tools.placeholders import fill
+from data_tools.questions import code_task
 from data_tools.schema import Message, Text
-from data_tools.verify_code import CodeTask, humaneval_task, mbpp_task, plain_task
+from data_tools.verify_code import CodeTask
 from data_tools.verify_number import parse_number
 from data_tools.verify_option import verify_option
-from eval.task import WITH_OPTIONS, Task, fill
+from eval.task import WITH_OPTIONS, Task
 
 NO_SUBJECT = "all"
 """The subject of items that have none."""
@@ -154,17 +156,6 @@ def _completions(
 
 def _code(row: Mapping[str, Any], name: str, path: str | Path, line: int) -> CodeTask:
     try:
-        if "entry_point" in row and "test" in row:
-            return humaneval_task({**row, "task_id": name})
-        if "test_list" in row:
-            return mbpp_task({**row, "task_id": name})
-        if "tests" in row:
-            return plain_task(row, name)
-        problem = "has no tests: expected 'tests', 'test_list', or 'test' with 'entry_point'"
-    except SyntaxError as error:
-        problem = f"its tests are no Python: {error.msg}"
-    except KeyError as error:
-        problem = f"field {error}: missing"
+        return code_task(row, name)
     except UserError as error:
-        problem = str(error)
-    raise DataError(path, line, field=None, problem=problem)
+        raise DataError(path, line, field=None, problem=str(error)) from None

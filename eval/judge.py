@@ -15,13 +15,14 @@ from typing import Any
 from data_tools.encode import Group
 from data_tools.errors import DataError
 from data_tools.jsonl import iter_jsonl
+from data_tools.placeholders import fill
 from data_tools.samples import Sample
 from data_tools.schema import Message
 from data_tools.verify_result import Verdict, invalid
 from eval.items import Item
 from eval.loglikelihood import likelihoods
 from eval.stats import cohen_kappa, wilson_interval
-from eval.task import Task, fill
+from eval.task import Task
 from trainer.errors import UserError
 from trainer.models.decoder import Decoder
 from trainer.run_folder import write_file

@@ -13,13 +13,13 @@
 tables and keys there are is what the classes below say; docs/evaluation.md has examples. No model is run here.
 """
 
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from data_tools.placeholders import names_in
 from data_tools.samples import digest_of
 from eval.sampling import SamplingOptions
 from eval.vote import Ties
@@ -30,7 +30,6 @@ Kind = Literal["choice", "choice_logprob", "numeric", "code", "free", "preferenc
 GENERATED = ("choice", "numeric", "code", "free")
 """Kinds that are answered by drawing samples."""
 WITH_OPTIONS = ("choice", "choice_logprob")
-PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
 OWN_TASKS = Path(__file__).resolve().parent / "tasks"
 
 
@@ -204,7 +203,7 @@ def _check(task: Task, tables: Mapping[str, Any]) -> None:
     """Raises ConfigError for what the types allow and makes no sense."""
     n, score = task.sampling.n, task.score
     scored = task.kind in ("choice_logprob", "perplexity")
-    chat, names = task.prompt.api == "chat", {match[2] for match in PLACEHOLDER.finditer(task.prompt.option)}
+    chat, names = task.prompt.api == "chat", names_in(task.prompt.option)
     for key, value, wrong, problem in (
         ("prompt.completion", task.prompt.completion, scored and not task.prompt.completion, "required"),
         ("prompt.option", task.prompt.option, not names <= {None, "label", "text"}, "may have {label} and {text} only"),
@@ -226,17 +225,3 @@ def _check(task: Task, tables: Mapping[str, Any]) -> None:
     ):  # fmt: skip
         if wrong:
             raise ConfigError(key, value, problem)
-
-
-def fill(text: str, values: Mapping[str, Any]) -> str:
-    """`text` with its placeholders replaced, once: braces in a value stay. Raises KeyError for a name without value."""
-
-    def value(match: re.Match[str]) -> str:
-        if match[1] is not None:
-            return "{" + match[1] + "}"
-        found = values[match[2]]
-        if found is None or isinstance(found, dict | list):
-            raise KeyError(match[2])
-        return str(found)
-
-    return PLACEHOLDER.sub(value, text)

@@ -8,10 +8,11 @@ so is marked in the log, and the result of the vote alone stands beside the resu
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_tools.placeholders import fill
 from data_tools.samples import Sample
 from data_tools.verify_option import verify_option
 from eval.items import Item
-from eval.task import Task, fill
+from eval.task import Task
 from trainer.errors import UserError
 
 Row = dict[str, Any]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from data_tools.errors import DataErrors
+from data_tools.placeholders import fill
 from data_tools.schema import Message
 from eval.items import NO_SUBJECT, read_items
-from eval.task import OWN_TASKS, fill, load_task, parse_task
+from eval.task import OWN_TASKS, load_task, parse_task
 from trainer.errors import UserError
 
 QUESTION = {"id": "q1", "question": "Which {options}?", "options": {"A": "one", "B": "two {question}"}, "answer": "B"}
