@@ -9,7 +9,7 @@ from eval_fixtures import evaluate, head, read_json, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.contamination import find_overlaps, grams_of, units_of
+from data_tools.overlap import find_overlaps, grams_of, units_of
 from trainer.errors import UserError
 
 LONG = "a b c d e f g h i j k l m n o p"  # 16 words
