@@ -1,7 +1,7 @@
 """Rows of the user's file as a task's items: prompt, options, right answer, subject; checked, with file and line."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from data_tools.schema import Message, Text
 from data_tools.verify_code import CodeTask
 from data_tools.verify_number import parse_number
 from data_tools.verify_option import verify_option
+from eval.few_shot import with_examples
 from eval.task import WITH_OPTIONS, Task
 
 NO_SUBJECT = "all"
@@ -41,10 +42,15 @@ class Item:
 
 
 def read_items(task: Task, path: str | Path, *, limit: int | None = None) -> list[Item]:
-    """The first `limit` rows (all of them: None) as items. Not for preference, whose rows are pairs.
+    """The first `limit` rows (all of them: None) as items, behind the task's examples if it has some.
 
-    Raises DataErrors with up to 20 faults, each with file and line.
+    Not for preference, whose rows are pairs. Raises DataErrors with up to 20 faults, each with file and line.
     """
+    items = _read(task, path, limit)
+    return items if task.prompt.few_shot is None else _with_shots(task, items, task.prompt.few_shot)
+
+
+def _read(task: Task, path: str | Path, limit: int | None = None) -> list[Item]:
     seen: dict[str, int] = {}
 
     def check(row: tuple[int, object]) -> Item:
@@ -55,6 +61,40 @@ def read_items(task: Task, path: str | Path, *, limit: int | None = None) -> lis
         return item
 
     return check_each(islice(iter_jsonl(path), limit), check)
+
+
+def _with_shots(task: Task, items: Sequence[Item], path: str) -> list[Item]:
+    """The items behind the first `shots` rows of a file that do not ask the same. Raises UserError."""
+    rows = [(_asked(row), (row.prompt, _shown(task, row, path))) for row in _read(task, path)]
+    found = []
+    for item in items:
+        own = _asked(item)
+        examples = list(islice((example for asked, example in rows if asked != own), task.prompt.shots))
+        if len(examples) < (task.prompt.shots or 1):
+            problem = (
+                f"has {len(examples)} examples for id '{item.id}', prompt.shots is {task.prompt.shots or 'not set'}"
+            )
+            raise UserError(f"{path}: {problem}; an item is never an example of its own")
+        found.append(replace(item, prompt=with_examples(item.prompt, examples, task.prompt.api)))
+    return found
+
+
+def _asked(item: Item) -> tuple[str, ...]:
+    """Equal for two rows that ask the same: spaces and the order of options do not count."""
+    question = item.values.get("question")
+    if not isinstance(question, str):
+        question = item.prompt if isinstance(item.prompt, str) else item.prompt[-1].content
+    return (" ".join(question.split()), *sorted(" ".join(text.split()) for text in item.options.values()))
+
+
+def _shown(task: Task, row: Item, path: str) -> str:
+    """What an example answers."""
+    if task.kind == "perplexity":
+        return row.completions[0]
+    if task.kind == "choice_logprob":
+        return row.completions[list(row.options).index(str(row.gold))]
+    own = {"gold": row.gold, "gold_text": row.options.get(str(row.gold))}
+    return _filled(task.prompt.shot, {**row.values, **own}, path, row.line)
 
 
 def subject_of(row: Mapping[str, Any], task: Task) -> str:

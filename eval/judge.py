@@ -2,7 +2,11 @@
 
 The judge reads question, reference and answer, and its two verdicts are scored as branches of that prompt: the likelier
 one counts (a tie is wrong). So it cannot evade, no text of it is parsed, and nothing is drawn. An empty answer is
-invalid and is not shown to it. A judge is a model and errs: `audit.jsonl` is for finding out how often.
+invalid and is not shown to it.
+
+A judge behind a server cannot be scored so: it is asked for the word itself (`judge_prompts`), and its text, spaces
+around it aside, must be exactly `judge.right` or `judge.wrong`; anything else is invalid. Either judge is a model and
+errs: `audit.jsonl` is for finding out how often.
 """
 
 import hashlib
@@ -19,6 +23,7 @@ from data_tools.placeholders import fill
 from data_tools.samples import Sample
 from data_tools.schema import Message
 from data_tools.verify_result import Verdict, invalid
+from eval.elsewhere import answers_to
 from eval.items import Item
 from eval.loglikelihood import likelihoods
 from eval.stats import cohen_kappa, wilson_interval
@@ -29,6 +34,8 @@ from trainer.run_folder import write_file
 
 Row = dict[str, Any]
 HUMAN = ("correct", "wrong")
+NO_TEXT = invalid("the answer is empty")
+"""The verdict on a sample that the judge is not shown."""
 
 
 def judge_items(task: Task, items: Sequence[Item], samples: Mapping[str, Sequence[Sample]]) -> list[Item]:
@@ -64,10 +71,29 @@ def judge_rows(
         yield {"id": asked[index].id, "right": right.logps, "wrong": wrong.logps}
 
 
-def judge_verdict(row: Mapping[str, Any] | None) -> Verdict:
-    """The verdict of a sample from its `judge_rows`; None: there was no text."""
-    if row is None:
-        return invalid("the answer is empty")
+def judge_prompts(task: Task, asked: Sequence[Item]) -> list[Row]:
+    """Rows of a prompts file: one greedy question an answer."""
+    settings = {"temperature": 0.0, "max_tokens": task.judge.max_tokens, "seed": 0, "n": 1}
+    return [{"id": item.id, "prompt": item.prompt[-1].content, "settings": settings} for item in asked]  # type: ignore[union-attr]
+
+
+def written_verdicts(task: Task, asked: Sequence[Item], path: str) -> dict[str, Verdict]:
+    """By id of `asked`: what the judge wrote, in a file of samples for `judge_prompts`. Raises UserError."""
+    said = answers_to(judge_prompts(task, asked), path, "judge")
+    return {name: written_verdict(task, sample.text) for name, sample in said.items()}
+
+
+def written_verdict(task: Task, text: str) -> Verdict:
+    """Strict: a judge that says more than the word has not been held to it."""
+    names = {task.judge.right.strip(): "correct", task.judge.wrong.strip(): "wrong"}
+    found = names.get(text.strip())
+    if found is None:
+        return invalid(f"the judge wrote {text.strip()[:40]!r}")
+    return Verdict(found, None, "as the judge wrote")  # type: ignore[arg-type]
+
+
+def judge_verdict(row: Mapping[str, Any]) -> Verdict:
+    """The verdict of a sample from its `judge_rows`."""
     share = 1 / (1 + math.exp(min(700.0, row["wrong"] - row["right"])))
     name = "correct" if row["right"] > row["wrong"] else "wrong"
     return Verdict(name, None, f"right against wrong: {share:.3f}")  # type: ignore[arg-type]

@@ -3,7 +3,8 @@
     OUT/settings.json   what the run was made from; a second start with something else is refused
         prompts.jsonl   what the model is asked, samples.jsonl what it wrote (kinds that draw; eval.sample)
         verifier_prompts.jsonl, verifier_samples.jsonl   the same of the verifier
-        judge_scores.jsonl   log-probs of the judge's verdicts, audit.jsonl some samples for a person to judge (free)
+        judge_scores.jsonl   log-probs of the judge's verdicts (not with --judge-samples)
+        audit.jsonl     some judged samples for a person to judge too (free)
         programs.jsonl   verdicts of programs (code), reward_scores.jsonl, reward_reference_scores.jsonl   best of n
         scores.jsonl, reference_scores.jsonl   log-probs of pairs (preference)
         items.jsonl     a row an item: answer, verdicts, log-probs
@@ -23,24 +24,34 @@ from tqdm import tqdm
 from data_tools.chat_template import load_chat_template
 from data_tools.encode import Group
 from data_tools.jsonl import iter_jsonl
-from data_tools.samples import Sample, messages_of, read_samples
+from data_tools.samples import Sample, digest_of, messages_of, read_samples
 from data_tools.tokenizer import load_tokenizer
 from eval import sample
 from eval.answers import item_row, judged_rows, samples_by_item
 from eval.best_of_n import answered_items, logps_rows, with_best
 from eval.compare import budget_line, check_same_items, compare_rows
+from eval.elsewhere import answers_to
 from eval.item_log import ItemLog, Row, read_rows
 from eval.items import Item, read_items, subject_of
-from eval.judge import audit_result, judge_items, judge_rows, judge_verdict, write_audit
+from eval.judge import (
+    NO_TEXT,
+    audit_result,
+    judge_items,
+    judge_prompts,
+    judge_rows,
+    judge_verdict,
+    write_audit,
+    written_verdicts,
+)
 from eval.loglikelihood import option_groups
 from eval.report import write_report
 from eval.run_settings import RunOptions, check_options, dtype_of, settings_of, take_up
 from eval.sampling import SamplingOptions
 from eval.scoring import likelihood_rows, pair_rows, preference_row
 from eval.summary import SEED, summarise
-from eval.task import GENERATED, Task, load_task
+from eval.task import GENERATED, Task, load_task, with_few_shot
 from eval.verifier import decided, undecided, verifier_prompts
-from trainer.errors import RunError, TrainingStopped
+from trainer.errors import RunError, TrainingStopped, UserError
 from trainer.models.config import ModelConfig
 from trainer.run_folder import RunLock, write_file
 from trainer.score import load_for_scoring, read_pairs
@@ -53,7 +64,7 @@ NO_BASELINE = "none was run: this number says nothing about what another model r
 
 def run(options: RunOptions) -> dict[str, Any]:
     """Run a task and write its folder; returns the report. Raises UserError, and TrainingStopped where it was asked."""
-    task = load_task(options.task)
+    task = with_few_shot(load_task(options.task), options.few_shot, options.shots)
     check_options(task, options)
     out = Path(options.out)
     items = [] if task.kind == "preference" else read_items(task, options.data, limit=options.limit)
@@ -116,9 +127,27 @@ def prompt_rows(task: Task, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
         yield {"id": item.id, "prompt": prompt, "settings": settings}
 
 
-def write_prompts(task: Task, items: Sequence[Item], path: str | Path) -> None:
-    """The prompts of a task as a file for `python -m eval.sample`. Raises RunError."""
-    write_file(path, "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in prompt_rows(task, items)))
+def second_prompt_rows(who: str, task: Task, items: Sequence[Item], samples: str) -> list[dict[str, Any]]:
+    """What the judge or the verifier (`who`) is asked about a file of samples of the task. Raises UserError."""
+    there = samples_of(task, items, samples)
+    if who == "judge":
+        return judge_prompts(task, judge_items(task, items, there))
+    return verifier_prompts(task, items, there, undecided(list(judged_rows(task, items, there))))
+
+
+def samples_of(task: Task, items: Sequence[Item], path: str | Path) -> dict[str, list[Sample]]:
+    """The samples of every item. Raises UserError where one is missing, or was drawn without the task's examples."""
+    found = samples_by_item(task, items, read_samples(path).samples)
+    for item in items if task.prompt.few_shot is not None else ():
+        if any(sample.prompt_digest != digest_of(item.prompt) for sample in found[item.id]):
+            problem = f"id '{item.id}' was not drawn for this prompt with its examples"
+            raise UserError(f"{path}: {problem}; write the prompts with the same --few-shot and --shots")
+    return found
+
+
+def write_prompt_rows(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
+    """A file for `python -m eval.sample`. Raises RunError."""
+    write_file(path, "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
 
 
 def _rows(task: Task, options: RunOptions, items: Sequence[Item]) -> list[Row]:
@@ -138,7 +167,7 @@ def _rows(task: Task, options: RunOptions, items: Sequence[Item]) -> list[Row]:
 
 def _generated_rows(task: Task, options: RunOptions, items: Sequence[Item]) -> list[Row]:
     out = Path(options.out)
-    samples = samples_by_item(task, items, read_samples(_samples_file(task, options, items)).samples)
+    samples = samples_of(task, items, _samples_file(task, options, items))
     if task.kind == "code":  # programs take long: what was run is kept
         with ItemLog(out / "programs.jsonl") as log, StopRequest() as stop:
             missing = [item for item in items if item.id not in log.rows]
@@ -148,7 +177,7 @@ def _generated_rows(task: Task, options: RunOptions, items: Sequence[Item]) -> l
         rows = _judged(task, options, items, samples)
     else:
         rows = list(judged_rows(task, items, samples))
-        rows = rows if options.verifier is None else _verified(task, options, items, rows, samples)
+        rows = _verified(task, options, items, rows, samples)
     if options.reward_model is not None:
         rows = _rewarded(task, options, items, rows, samples)
     with ItemLog(out / "items.jsonl", fresh=True) as log:
@@ -200,10 +229,8 @@ def _samples_file(task: Task, options: RunOptions, items: Sequence[Item]) -> Pat
         return Path(options.samples)
     assert options.model is not None
     out = Path(options.out)
-    write_prompts(task, items, out / "prompts.jsonl")
-    more = []
-    for flag, value in (("--few-shot", options.few_shot), ("--chat-template", options.chat_template)):
-        more += [flag, value] if value is not None else []
+    write_prompt_rows(prompt_rows(task, items), out / "prompts.jsonl")
+    more = [] if options.chat_template is None else ["--chat-template", options.chat_template]
     return _draw(options.model, out, "", ["--api", task.prompt.api, *more], task, options)
 
 
@@ -223,17 +250,19 @@ def _verified(
     rows: Sequence[Row],
     samples: Mapping[str, Sequence[Sample]],
 ) -> list[Row]:
-    """The rows with the verifier's decisions on items without majority."""
+    """The rows with the verifier's decisions on items without majority, if there is one."""
     out = Path(options.out)
-    assert options.verifier is not None
+    if options.verifier is None and options.verifier_samples is None:
+        return list(rows)
     prompts = verifier_prompts(task, items, samples, undecided(rows))
     if not prompts:
         return list(rows)
-    write_file(out / "verifier_prompts.jsonl", "".join(json.dumps(row) + "\n" for row in prompts))
-    said = read_samples(_draw(options.verifier, out, "verifier_", (), task, options)).samples
-    by_id = {own.id: own for own in said}
-    asked = {row["id"] for row in prompts}
-    return [decided(row, by_id[row["id"]]) if row["id"] in asked else row for row in rows]
+    path = options.verifier_samples
+    if options.verifier is not None:
+        write_prompt_rows(prompts, out / "verifier_prompts.jsonl")
+        path = str(_draw(options.verifier, out, "verifier_", (), task, options))
+    said = answers_to(prompts, str(path), "verifier")
+    return [decided(row, said[row["id"]]) if row["id"] in said else row for row in rows]
 
 
 def _judged(
@@ -241,13 +270,17 @@ def _judged(
 ) -> list[Row]:
     """Rows of free answers with the judge's verdicts, and the file for a person's."""
     out = Path(options.out)
-    assert options.judge is not None
     asked = judge_items(task, items, samples)
-    scores = _score(task, options, out / "judge_scores.jsonl", asked, options.judge, judge_rows)
+    if options.judge_samples is not None:
+        found = written_verdicts(task, asked, options.judge_samples)
+    else:
+        assert options.judge is not None
+        scores = _score(task, options, out / "judge_scores.jsonl", asked, options.judge, judge_rows)
+        found = {own.id: judge_verdict(scores[own.id]) for own in asked}
     rows = []
     for item in items:
         own = samples[item.id]
-        verdicts = [judge_verdict(scores.get(f"{item.id}#{sample.sample}")) for sample in own]
+        verdicts = [found.get(f"{item.id}#{sample.sample}", NO_TEXT) for sample in own]
         rows.append(item_row(task, item, own, verdicts))
     write_audit(task, out / "audit.jsonl", items, samples, rows)
     return rows

@@ -16,14 +16,17 @@ import torch
 from data_tools.chat_template import load_chat_template
 from data_tools.disk import user_cache
 from data_tools.file_digests import FileDigests, hash_file
+from data_tools.samples import read_samples
 from data_tools.tokenizer import load_tokenizer
-from eval.task import GENERATED, Task
+from eval.task import GENERATED, WITH_VOTE, Task
 from trainer.errors import RunError, UserError
 from trainer.reference_cache import weights_digest
 from trainer.run_folder import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "data_tools", "trainer", "eval")
+ELSEWHERE = ("samples", "judge_samples", "verifier_samples")
+"""Options that name files of samples."""
 RESULTS = (
     "samples.jsonl",
     "items.jsonl",
@@ -51,6 +54,9 @@ class RunOptions:
     reference: str | None = None
     verifier: str | None = None
     judge: str | None = None
+    judge_samples: str | None = None
+    """Verdicts written elsewhere, in place of `judge`; `verifier_samples` likewise."""
+    verifier_samples: str | None = None
     reward_model: str | None = None
     reward_reference: str | None = None
     baseline: str | None = None
@@ -59,22 +65,26 @@ class RunOptions:
     """None: bf16 where samples are drawn, float32 where texts are scored."""
     chat_template: str | None = None
     few_shot: str | None = None
+    """Examples in place of the task's `prompt.few_shot`, and `shots` of them; see eval.task."""
+    shots: int | None = None
     slots: int = 16
 
 
 def check_options(task: Task, options: RunOptions) -> None:
     """Raises UserError for options that do not go together, or not with the task."""
     drawn = task.kind in GENERATED
+    judge, verifier = options.judge or options.judge_samples, options.verifier or options.verifier_samples
     for wrong, problem in (
         (options.samples and not drawn, f"--samples: kind {task.kind} draws no samples"),
-        (options.few_shot and not drawn, "--few-shot: is for kinds that draw; write the examples into prompt.text"),
         (not options.model and not options.samples, "--model: required (or --samples with a file drawn elsewhere)"),
         (options.model and options.samples, "--samples were drawn elsewhere: --model would not be used; leave it out"),
         (task.score.rule == "reward" and not options.reference, "--reference: score.rule = reward needs it"),
         (options.reference and task.score.rule != "reward", "--reference: only score.rule = reward uses it"),
-        (task.kind == "free" and not options.judge, "--judge: kind free needs a model that judges"),
-        (options.judge and task.kind != "free", f"--judge: kind {task.kind} is not judged by a model"),
-        (options.verifier and task.kind not in ("choice", "numeric"), f"--verifier: kind {task.kind} has no vote"),
+        (task.kind == "free" and not judge, "--judge: kind free needs a model that judges (or --judge-samples)"),
+        (judge and task.kind != "free", f"--judge: kind {task.kind} is not judged by a model"),
+        (options.judge and options.judge_samples, "--judge-samples: is in place of --judge; leave one out"),
+        (verifier and task.kind not in WITH_VOTE, f"--verifier: kind {task.kind} has no vote"),
+        (options.verifier and options.verifier_samples, "--verifier-samples: is in place of --verifier; leave one out"),
         (bool(options.reward_model) != bool(options.reward_reference), "--reward-model needs --reward-reference"),
         (options.reward_model and not drawn, f"--reward-model: kind {task.kind} draws no samples"),
         (options.limit is not None and options.limit < 1, "--limit: must be 1 or more"),
@@ -104,18 +114,25 @@ def settings_of(task: Task, options: RunOptions) -> dict[str, Any]:
             identity[f"{name}_weights"] = weights_digest(folder, digests)
             identity[f"{name}_tokenizer"] = load_tokenizer(folder).digest
             identity[f"{name}_chat_template"] = None if template is None else template.digest
-    for name, path in (("samples_sha256", options.samples), ("few_shot_sha256", options.few_shot)):
+    files = {name: path for name in ELSEWHERE if (path := getattr(options, name)) is not None}
+    for name, path in {**files, "few_shot": task.prompt.few_shot}.items():
         if path is not None:
             if not Path(path).is_file():
                 raise UserError(f"{path}: no such file")
-            identity[name] = hash_file(path)
+            identity[f"{name}_sha256"] = hash_file(path)
     digests.save()
     shown = {
         name: value for name, value in asdict(options).items() if value is not None and name not in ("out", "task")
     }
     shown["task_file"] = options.task
+    shown |= {f"{name}_made_by": _made_by(path) for name, path in files.items()}
     machine = {"torch": torch.__version__, "python": platform.python_version(), "gpu": torch.cuda.is_available()}
     return {"identity": identity, "settings": {**shown, **machine}, "code": code_state()}
+
+
+def _made_by(path: str) -> list[str]:
+    """The models of a file of samples, as they were named, and the digests of their settings."""
+    return sorted({f"{sample.model}, settings {sample.settings_digest}" for sample in read_samples(path).samples})
 
 
 def take_up(path: Path, settings: dict[str, Any]) -> None:

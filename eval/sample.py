@@ -18,9 +18,10 @@ from data_tools.chat_template import load_chat_template
 from data_tools.encode import encode_prompts
 from data_tools.errors import DataError, check_each
 from data_tools.jsonl import read_records
-from data_tools.samples import Prompt, Sample, SampleWriter, digest_of, messages_of, read_prompts
-from data_tools.schema import Message, Record, Text
+from data_tools.samples import Prompt, Sample, SampleWriter, digest_of, read_prompts
+from data_tools.schema import Record
 from data_tools.tokenizer import Tokenizer, load_tokenizer
+from eval.few_shot import with_examples
 from eval.generate import Request, end_tokens, generate
 from eval.sampling import SamplingOptions
 from trainer.entry import run_command
@@ -136,9 +137,10 @@ def _requests(prompts: Sequence[Prompt], args: argparse.Namespace, tokenizer: To
     """Every prompt as tokens, behind the examples of --few-shot."""
     template = load_chat_template(args.model, args.chat_template)
     shots = read_records([args.few_shot], kind="sft") if args.few_shot else []
+    examples = [(shot.prompt, shot.completions[0]) for shot in shots]
     records = []
     for prompt in prompts:
-        text = _with_examples(prompt.prompt, shots, args.api)
+        text = with_examples(prompt.prompt, examples, args.api)
         records.append(Record(id=prompt.id, prompt=text, completions=(), path=prompt.path, line=prompt.line))
     ids = encode_prompts(records, tokenizer, template, special_tokens=args.special_tokens)
     vocabulary = ModelConfig.from_folder(args.model).vocab_size
@@ -147,22 +149,6 @@ def _requests(prompts: Sequence[Prompt], args: argparse.Namespace, tokenizer: To
         problem = f"the tokenizer gives id {largest}, the model has {vocabulary}: they do not belong together"
         raise UserError(f"{args.model}: {problem}")
     return [Request(prompt.id, tuple(own)) for prompt, own in zip(prompts, ids, strict=True)]
-
-
-def _with_examples(prompt: Text, shots: Sequence[Record], api: str) -> Text:
-    """In chat, examples are earlier turns of the conversation; in plain text, paragraphs before the prompt."""
-    if api == "completions":
-        if not isinstance(prompt, str) or any(not isinstance(shot.prompt, str) for shot in shots):
-            raise UserError("--api completions: prompts and examples must be strings, not messages")
-        return "".join(f"{shot.prompt}{shot.completions[0]}\n\n" for shot in shots) + prompt
-    turns = [Message(**message) for message in messages_of(prompt)]
-    system = [turn for turn in turns[:1] if turn.role == "system"]
-    earlier: list[Message] = []
-    for shot in shots:
-        earlier += [Message(**message) for message in messages_of(shot.prompt) if message["role"] != "system"]
-        answer = shot.completions[0]
-        earlier += [Message("assistant", answer)] if isinstance(answer, str) else list(answer)
-    return tuple(system + earlier + turns[len(system) :])
 
 
 def _options_of_rows(prompts: Sequence[Prompt], common: SamplingOptions) -> list[SamplingOptions]:

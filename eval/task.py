@@ -15,7 +15,7 @@ tables and keys there are is what the classes below say; docs/evaluation.md has 
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -30,6 +30,7 @@ Kind = Literal["choice", "choice_logprob", "numeric", "code", "free", "preferenc
 GENERATED = ("choice", "numeric", "code", "free")
 """Kinds that are answered by drawing samples."""
 WITH_OPTIONS = ("choice", "choice_logprob")
+WITH_VOTE = ("choice", "numeric")
 OWN_TASKS = Path(__file__).resolve().parent / "tasks"
 
 
@@ -58,6 +59,14 @@ class Prompt:
     """What is scored: of each option (`{text}` or `{label}`), or of a row of perplexity."""
     api: Literal["chat", "completions"] = "chat"
     """chat: a message of the user; completions: plain text that goes on."""
+    few_shot: str | None = None
+    """JSON Lines of rows like the data's: examples before every prompt, in their order, each in this very form. A path
+    beside the task file, or an absolute one."""
+    shots: int | None = None
+    """How many of them; none: all that are not the item itself."""
+    shot: str = "{gold}"
+    """What an example answers, for kinds that draw: `{gold}`, `{gold_text}` (the right option's) or any column. Where
+    texts are scored it is `completion`, of the right option."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +102,8 @@ class Judge:
     """`{gold}`: the reference; `{response}`: the answer."""
     right: str = "Yes"
     wrong: str = "No"
+    max_tokens: int = 16
+    """For a judge that writes its verdict (--judge-samples)."""
     audit: int = 50
     """So many judged samples are written to audit.jsonl for a person."""
 
@@ -132,13 +143,16 @@ class Task:
 
     @property
     def digest(self) -> str:
-        """Of all that the file says, defaults included."""
-        return digest_of(asdict(self))
+        """Of all that the file says, defaults included; not of where the examples lie."""
+        return digest_of({**asdict(self), "prompt": self._prompt()})
 
     @property
     def template_digest(self) -> str:
         """Of the prompt's texts alone."""
-        return digest_of(asdict(self.prompt))
+        return digest_of(self._prompt())
+
+    def _prompt(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self.prompt).items() if name != "few_shot"}
 
 
 SECTIONS = {
@@ -163,7 +177,7 @@ def load_task(path: str | Path) -> Task:
         known = ", ".join(sorted(own.stem for own in OWN_TASKS.glob("*.toml")))
         raise UserError(f"{path}: cannot be read ({error}); a file, or one of: {known}") from None
     try:
-        return parse_task(tomllib.loads(text))
+        return _examples_beside(parse_task(tomllib.loads(text)), place)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{place}: bad TOML: {error}") from None
     except UserError as error:
@@ -186,6 +200,23 @@ def parse_task(tables: Mapping[str, Any]) -> Task:
     return task
 
 
+def with_few_shot(task: Task, path: str | None, shots: int | None) -> Task:
+    """The task with other examples: of a command's --few-shot and --shots, None: the task's own. Raises UserError."""
+    own = {
+        "few_shot": task.prompt.few_shot if path is None else path,
+        "shots": task.prompt.shots if path is None else None,
+    }
+    task = replace(task, prompt=replace(task.prompt, **own if shots is None else {**own, "shots": shots}))
+    _check(task, {})
+    return task
+
+
+def _examples_beside(task: Task, place: Path) -> Task:
+    if task.prompt.few_shot is None:
+        return task
+    return replace(task, prompt=replace(task.prompt, few_shot=str(place.parent / task.prompt.few_shot)))
+
+
 def _section(name: str, table: Any) -> Any:
     kind = SECTIONS[name]
     if not isinstance(table, dict):
@@ -201,18 +232,22 @@ def _section(name: str, table: Any) -> Any:
 
 def _check(task: Task, tables: Mapping[str, Any]) -> None:
     """Raises ConfigError for what the types allow and makes no sense."""
-    n, score = task.sampling.n, task.score
+    n, score, own = task.sampling.n, task.score, task.prompt
     scored = task.kind in ("choice_logprob", "perplexity")
     chat, names = task.prompt.api == "chat", names_in(task.prompt.option)
     for key, value, wrong, problem in (
         ("prompt.completion", task.prompt.completion, scored and not task.prompt.completion, "required"),
         ("prompt.option", task.prompt.option, not names <= {None, "label", "text"}, "may have {label} and {text} only"),
+        ("prompt.few_shot", own.few_shot, own.few_shot and task.kind == "preference", "preference takes none"),
+        ("prompt.shots", own.shots, own.shots is not None and own.few_shot is None, "needs prompt.few_shot"),
+        ("prompt.shots", own.shots, own.shots is not None and own.shots < 1, "must be 1 or more"),
+        ("judge.max_tokens", task.judge.max_tokens, task.judge.max_tokens < 1, "must be 1 or more"),
         ("vote.threshold", task.vote.threshold, not 1 <= task.vote.threshold <= n, f"must be 1 to sampling.n = {n}"),
         ("score.k", score.k, any(not 1 <= k <= n for k in score.k), f"must be 1 to sampling.n = {n}"),
         ("verifier.max_tokens", task.verifier.max_tokens, task.verifier.max_tokens < 1, "must be 1 or more"),
         ("verifier.temperature", task.verifier.temperature, task.verifier.temperature < 0, "must be 0 or more"),
         ("judge.audit", task.judge.audit, task.judge.audit < 0, "must be 0 or more"),
-        ("judge.wrong", task.judge.wrong, task.judge.wrong == task.judge.right, "must differ from judge.right"),
+        ("judge.wrong", task.judge.wrong, _same(task.judge.wrong, task.judge.right), "must differ from judge.right"),
         ("score.penalty", score.penalty, score.penalty is not None and score.penalty < 0, "must be 0 or more"),
         ("score.rel_tol", score.rel_tol, not 0 <= score.rel_tol < 1, "must be at least 0 and below 1"),
         ("score.timeout_s", score.timeout_s, score.timeout_s <= 0, "must be > 0"),
@@ -225,3 +260,7 @@ def _check(task: Task, tables: Mapping[str, Any]) -> None:
     ):  # fmt: skip
         if wrong:
             raise ConfigError(key, value, problem)
+
+
+def _same(wrong: str, right: str) -> bool:
+    return wrong.strip() == right.strip()

@@ -7,7 +7,7 @@ from typing import Any
 
 from run_fixtures import torch_settings_kept
 
-from data_tools.samples import Sample, row_of
+from data_tools.samples import Sample, digest_of, row_of
 from eval import main
 from trainer.entry import exit_code
 
@@ -34,8 +34,8 @@ def head(path: Path, out: Path, count: int) -> Path:
     return out
 
 
-def write_samples(path: Path, texts: Mapping[str, Sequence[str]]) -> Path:
-    """A file of samples with these texts, as if drawn elsewhere; 10 tokens each."""
+def write_samples(path: Path, texts: Mapping[str, Sequence[str]], prompts: Mapping[str, Any] | None = None) -> Path:
+    """A file of samples with these texts, as if drawn elsewhere; 10 tokens each. prompts: whose digests they bear."""
     rows = [
         Sample(
             id=name,
@@ -44,7 +44,7 @@ def write_samples(path: Path, texts: Mapping[str, Sequence[str]]) -> Path:
             finish_reason="stop",
             model="elsewhere",
             settings_digest="s",
-            prompt_digest="p",
+            prompt_digest="p" if prompts is None else digest_of(prompts[name]),
             completion_tokens=10,
         )
         for name, own in texts.items()

@@ -5,10 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
-from eval_fixtures import read_json, read_log, run, write_rows, write_samples
+from eval_fixtures import evaluate, read_json, read_log, run, write_rows, write_samples
 
-from eval.judge import judge_verdict
+from data_tools.samples import read_prompts
+from eval.judge import judge_verdict, written_verdict
 from eval.stats import cohen_kappa
+from eval.task import load_task
 
 ROWS = [
     {"id": "a", "question": "Why is the sky blue?", "answer": "Rayleigh scattering"},
@@ -19,12 +21,26 @@ TEXTS = {"a": ["Air scatters blue light more."], "b": ["Four. {gold}"], "c": [" 
 
 
 def test_verdicts_by_hand() -> None:
-    """Right at -1, wrong at -2 nats: correct, by 1 / (1 + 1/e); a tie is wrong; no text is invalid; no overflow."""
+    """Right at -1, wrong at -2 nats: correct, by 1 / (1 + 1/e); a tie is wrong; no overflow."""
     found = judge_verdict({"right": -1.0, "wrong": -2.0})
     assert (found.verdict, found.why) == ("correct", f"right against wrong: {1 / (1 + math.exp(-1)):.3f}")
     assert judge_verdict({"right": -1.0, "wrong": -1.0}).verdict == "wrong"
     assert judge_verdict({"right": -9999.0, "wrong": -1.0}).verdict == "wrong"
-    assert judge_verdict(None).verdict == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("Yes", "correct"),
+        (" No\n", "wrong"),
+        ("Yes.", "invalid"),
+        ("yes", "invalid"),
+        ("Yes No", "invalid"),
+        ("", "invalid"),
+    ],
+)
+def test_a_written_verdict_is_one_word_or_none(text: str, verdict: str) -> None:
+    assert written_verdict(load_task("free_judged"), text).verdict == verdict
 
 
 def test_kappa_by_hand() -> None:
@@ -83,3 +99,36 @@ def test_rows_of_the_log_say_what_the_judge_saw(tmp_path: Path, tiny_model_dir: 
         scores.append(read_log(tmp_path / f"out{number}" / "judge_scores.jsonl")["b#0"]["right"])
     assert scores[0] != scores[1]
     assert json.loads((tmp_path / "out0" / "audit.jsonl").read_text(encoding="utf-8"))["response"] == "Four. {gold}"
+
+
+def test_a_judge_behind_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its prompts are written, its words read back: a right, b said too much, c has no text; no model is loaded."""
+    data, samples = write_rows(tmp_path / "d.jsonl", ROWS), write_samples(tmp_path / "s.jsonl", TEXTS)
+    prompts, said, out = tmp_path / "jp.jsonl", tmp_path / "js.jsonl", tmp_path / "out"
+    argv = ("prompts", "--task", "free_judged", "--data", data, "--out", prompts)
+    assert evaluate(*argv, "--for", "judge") == 2
+    assert "--for and --samples go together" in capsys.readouterr().err
+    assert evaluate(*argv, "--for", "judge", "--samples", samples) == 0
+    assert "2 prompts for the judge" in capsys.readouterr().out
+    asked = read_prompts(prompts)
+    assert [own.id for own in asked] == ["a#0", "b#0"]
+    assert asked[0].settings == {"temperature": 0.0, "max_tokens": 16, "seed": 0, "n": 1}
+    assert "Rayleigh scattering\n\nAnswer to be judged:\nAir scatters blue" in str(asked[0].prompt)
+
+    more = ("--samples", samples, "--judge-samples", said)
+    write_samples(said, {"a#0": ["Yes"]}, {own.id: own.prompt for own in asked})
+    assert run("free_judged", data, out, *more) == 2
+    assert "has no answer to 'b#0'; make the file anew with `python -m eval.main prompts" in capsys.readouterr().err
+    write_samples(said, {"a#0": ["Yes"], "b#0": ["Yes, it does."]}, {own.id: own.prompt for own in asked})
+    assert run("free_judged", data, out, *more) == 0
+    assert {name: row["outcome"] for name, row in read_log(out / "items.jsonl").items()} == {
+        "a": "correct", "b": "invalid", "c": "invalid",
+    }  # fmt: skip
+    report = read_json(out / "report.json")
+    assert report["digests"]["judge_samples_sha256"] and "judge_weights" not in report["digests"]
+    assert report["settings"]["judge_samples_made_by"] == ["elsewhere, settings s"]
+    assert list(read_log(out / "audit.jsonl")) == ["a"] and not (out / "judge_scores.jsonl").exists()
+    # another answer under the same id was never judged
+    write_samples(samples, {**TEXTS, "a": ["Something else."]})
+    assert run("free_judged", data, tmp_path / "new", *more) == 2
+    assert "id 'a#0' answers another text than is asked now" in capsys.readouterr().err

@@ -140,6 +140,26 @@ def test_a_verifier_is_asked_about_the_open_items(
     assert "--verifier: kind code has no vote" in capsys.readouterr().err
 
 
+def test_a_verifier_behind_a_server(
+    choice: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked about c alone, it names the first of its samples, which says A and is right."""
+    samples, prompts, said = write_samples(tmp_path / "s.jsonl", TEXTS), tmp_path / "vp.jsonl", tmp_path / "vs.jsonl"
+    asked = ("prompts", "--task", choice, "--data", rows, "--out", prompts, "--for", "verifier", "--samples", samples)
+    assert evaluate(*asked) == 0
+    ((name, prompt),) = read_log(prompts).items()
+    assert name == "c" and prompt["prompt"].startswith("3?\n\nHere are 3 answers")
+    write_samples(said, {"c": ["The answer is 1."]}, {"c": prompt["prompt"]})
+    more = ("--samples", samples, "--verifier-samples", said)
+    assert run(choice, rows, tmp_path / "out", *more) == 0
+    report = read_json(tmp_path / "out" / "report.json")
+    assert (report["result"]["verifier"]["decided"], report["result"]["micro"]["value"]) == (1, 0.5)
+    assert "verifier_samples_sha256" in report["digests"]
+    write_samples(said, {"c": ["The answer is 1."]}, {"c": "another"})
+    assert run(choice, rows, tmp_path / "new", *more) == 2
+    assert "id 'c' answers another text than is asked now" in capsys.readouterr().err
+
+
 def test_best_of_n_by_hand() -> None:
     """Gains 1, 3 and 3 nats with an empty sample among them: the first of the best two, which is wrong."""
     samples = [said("x"), said("  "), said("y"), said("z")]
