@@ -1,7 +1,8 @@
 """Checked rows to token ids: a `Group` is one prompt and its completions, with the spans that are scored.
 
 What is scored follows from the lengths of the texts, never from a token's value: padding, EOS and end-of-turn may share
-an id. Over-long rows are dropped or cut as the options say, and counted. Nothing is written to disk here (`shards`).
+an id. In a row of steps, the last token of each step is "scored": a label stands there. Over-long rows are dropped or
+cut as the options say, and counted. Nothing is written to disk here (`shards`).
 
 Text that spells a control token ("<|im_end|>") stays text unless the options say otherwise: in rows that do so the
 spellings are marked, the marked row is rendered, and only control tokens without a mark are tokens: the template's own.
@@ -17,6 +18,8 @@ from data_tools.chat_template import TEMPLATE_DATE, ChatTemplate
 from data_tools.errors import MAX_ERRORS, DataError, DataErrors, UserError
 from data_tools.render import Rendered, render, render_marked, texts_of
 from data_tools.schema import Record
+from data_tools.step_rows import StepLabel
+from data_tools.step_text import cut_steps
 from data_tools.tokenizer import Tokenizer
 
 OVERLONG = ("drop", "truncate_prompt_left", "truncate_completion")
@@ -33,6 +36,7 @@ class Group:
     ids: (T,) int32, the prompt's tokens, then each completion's.
     lengths: tokens of branch 0 (the prompt; may be 0), branch 1, 2, ...; they sum to T.
     spans: per branch, half-open (start, end) token ranges that are scored, counted from the branch's own start.
+    labels: of rows of steps; per branch, one for each span, which is then a step's last token. () for other rows.
     """
 
     record_id: str
@@ -40,14 +44,15 @@ class Group:
     lengths: tuple[int, ...]
     spans: tuple[tuple[tuple[int, int], ...], ...]
     weight: float = 1.0
+    labels: tuple[tuple[StepLabel, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
     """What decides how rows become groups, apart from the tokenizer and the template's text."""
 
-    kind: Literal["pair", "sft"] = "pair"
-    """Pairs (chosen, rejected) or one completion a row."""
+    kind: Literal["pair", "sft", "prm"] = "pair"
+    """Pairs (chosen, rejected), one completion a row, or one completion in labelled steps."""
     max_length: int | None = 1024
     """Tokens of the prompt and the longest completion together; None: no limit."""
     overlong: Literal["drop", "truncate_prompt_left", "truncate_completion"] = "drop"
@@ -56,10 +61,12 @@ class EncodeOptions:
     """Path of a chat template that replaces the model's own."""
     special_tokens: Literal["text", "control"] = "text"
     """What the text of a row that spells a control token is read as."""
+    step_separator: str = ""
+    """Put behind each step of a row of steps, which is then read at the separator's last token."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("pair", "sft"):
-            raise UserError(f"kind = {self.kind!r}: must be pair or sft")
+        if self.kind not in ("pair", "sft", "prm"):
+            raise UserError(f"kind = {self.kind!r}: must be pair or sft or prm")
         if self.overlong not in OVERLONG:
             raise UserError(f"data.overlong = {self.overlong!r}: must be one of {', '.join(OVERLONG)}")
         if self.special_tokens not in SPECIAL_TOKENS:
@@ -138,7 +145,7 @@ def encode_records(
     prompt ids. What is scored follows from the lengths of texts, never from a token's value.
     Rows of messages: a completion is all that the template prints after the generation prompt, and the template alone
     writes BOS. Rows of strings: BOS goes before the prompt if the tokenizer puts it before plain text, EOS after each
-    completion, neither twice.
+    completion, neither twice. Rows of steps: `step_text.cut_steps`; they end with their last step.
     Raises DataErrors (up to 20) for rows that cannot be rendered or scored, TemplateError when rows of messages meet a
     model without template, UserError when no row is left.
     """
@@ -155,7 +162,7 @@ def encode_records(
                 row = render(record, tokenizer, template)
                 if spelled is not None and options.special_tokens == "text":
                     row = render_marked(row, spelled, tokenizer, template)
-                rendered.append(row)
+                rendered.append(cut_steps(row, options.step_separator) if record.steps else row)
             except DataError as error:
                 _collect(errors, error)
         for row, prompt, branches in _tokenize(rendered, tokenizer):
@@ -235,10 +242,12 @@ def _tokenize(rows: list[Rendered], tokenizer: Tokenizer) -> list[tuple[Rendered
         texts = [(text, row.mark, next(reversed(branch.ids or prompt), None)) for row, prompt, branch, text, _ in todo]
         ids = _encode(texts, tokenizer)
         for (row, prompt, branch, _, scored), new in zip(todo, ids, strict=True):
-            end = eos if row.plain and new and new[-1:] != eos else []
+            end = eos if row.plain and new and new[-1:] != eos and not row.record.steps else []
             start = len(branch.ids) if prompt or branch.ids else 1  # nothing predicts the very first token
             branch.ids += new + end
-            if scored and start < len(branch.ids):
+            if row.record.steps:
+                branch.spans += [(len(branch.ids) - 1, len(branch.ids))] * (scored and bool(new))
+            elif scored and start < len(branch.ids):
                 branch.spans.append((start, len(branch.ids)))
     return list(zip(rows, prompts, branches, strict=True))
 
@@ -255,6 +264,12 @@ def _encode(texts: Sequence[tuple[str, str | None, int | None]], tokenizer: Toke
 
 
 def _check_scored(record: Record, prompt: list[int], branches: list[_Branch]) -> None:
+    if record.steps:
+        for branch, steps in zip(branches, record.steps, strict=True):
+            if len(branch.spans) < len(steps.ends):
+                problem = "the tokenizer makes no token of a step, which a label could stand at"
+                raise DataError(record.path, record.line, field="steps", problem=problem)
+        return
     for k, branch in enumerate(branches):
         if not branch.spans:
             name = ("chosen", "rejected")[k] if len(branches) == 2 else "completion"
@@ -290,7 +305,7 @@ def _fit(
             report.dropped_ids = (*report.dropped_ids, record.id)[:SHOWN_IDS]
             return None
     report.kept += 1
-    report.no_bos_unscored += not prompt
+    report.no_bos_unscored += not prompt and not record.steps
     report.longest = max(report.longest, len(prompt) + max(len(branch.ids) for branch in branches))
     return Group(
         record_id=record.id,
@@ -298,7 +313,16 @@ def _fit(
         lengths=(len(prompt), *(len(branch.ids) for branch in branches)),
         spans=((), *(tuple(branch.spans) for branch in branches)),
         weight=record.weight,
+        labels=_labels(record, branches),
     )
+
+
+def _labels(record: Record, branches: list[_Branch]) -> tuple[tuple[StepLabel, ...], ...]:
+    """Those of the steps whose last token is there, in the order of the spans."""
+    if not record.steps:
+        return ()
+    kept = [of.labels[: len(branch.spans)] for of, branch in zip(record.steps, branches, strict=True)]
+    return ((), *kept)
 
 
 def _cut_left(prompt: list[int], room: int, tokenizer: Tokenizer) -> list[int]:
@@ -314,5 +338,5 @@ def _cut_ends(branches: list[_Branch], room: int) -> list[_Branch] | None:
         _Branch(branch.ids[: max(room, 0)], [(start, min(end, room)) for start, end in branch.spans if start < room])
         for branch in branches
     ]
-    useless = len(cut) == 2 and cut[0].ids == cut[1].ids
+    useless = len(cut) == 2 and cut[0].ids == cut[1].ids  # never of steps, which have one branch in data that is cut
     return None if useless or not all(branch.spans for branch in cut) else cut

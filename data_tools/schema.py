@@ -8,6 +8,7 @@ Shapes that are understood (other columns are ignored, apart from `id` and `weig
            prompt + completion             both strings, or both lists of messages
            text                            a string, no prompt
            any pair                        its chosen answer is the completion
+    prm    prompt + steps, with labels     see `step_rows`
 
 A message is {"role": "system" | "user" | "assistant", "content": "text"}. Nothing is repaired here: a row is right or
 an error. Rendering and tokens are the business of `chat_template` and `encode`.
@@ -21,11 +22,13 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from data_tools.errors import DataError
+from data_tools.step_rows import FieldProblem as _Problem
+from data_tools.step_rows import LabelledSteps, read_steps
 
-Kind = Literal["pair", "sft"]
+Kind = Literal["pair", "sft", "prm"]
 
 ROLES = ("system", "user", "assistant")
-COLUMNS = ("id", "prompt", "chosen", "rejected", "messages", "completion", "text", "weight")
+COLUMNS = ("id", "prompt", "chosen", "rejected", "messages", "completion", "text", "weight", "steps", "hard", "soft")
 
 LEAST_WEIGHT = 1e-10
 """And its inverse is the largest: float32 holds a weight of 1e39 as infinity, one of 1e-46 as 0."""
@@ -57,8 +60,8 @@ Text = str | tuple[Message, ...]
 class Record:
     """A checked row: one prompt and its completions, all strings or all message lists.
 
-    completions: (chosen, rejected) of a pair, one completion of an SFT row. A completion of messages begins and ends
-    with the assistant; user turns between are context, not targets.
+    completions: (chosen, rejected) of a pair, one completion of an SFT or PRM row. A completion of messages begins and
+    ends with the assistant; user turns between are context, not targets. steps: of each completion, where it has any.
     """
 
     id: str
@@ -67,14 +70,7 @@ class Record:
     path: str
     line: int
     weight: float = 1.0
-
-
-class _Problem(Exception):
-    """A field and what is wrong with it; `check_record` adds the place."""
-
-    def __init__(self, field: str | None, problem: str) -> None:
-        self.field, self.problem = field, problem
-        super().__init__(problem)
+    steps: tuple[LabelledSteps, ...] = ()
 
 
 def check_record(obj: object, *, kind: Kind, path: str | Path, line: int) -> Record:
@@ -85,7 +81,11 @@ def check_record(obj: object, *, kind: Kind, path: str | Path, line: int) -> Rec
     try:
         if not isinstance(obj, dict):
             raise _Problem(None, f"expected an object like {_example(kind)}, got {_kind_of(obj)}")
-        prompt, completions = _pair(obj) if kind == "pair" or _is_pair(obj) else _sft(obj)
+        steps: tuple[LabelledSteps, ...] = ()
+        if kind == "prm":
+            prompt, completions, steps = _prm(obj)
+        else:
+            prompt, completions = _pair(obj) if kind == "pair" or _is_pair(obj) else _sft(obj)
         return Record(
             id=_id(obj, default=f"{Path(path).name}:{line}"),
             prompt=prompt,
@@ -93,6 +93,7 @@ def check_record(obj: object, *, kind: Kind, path: str | Path, line: int) -> Rec
             path=str(path),
             line=line,
             weight=_weight(obj),
+            steps=steps,
         )
     except _Problem as wrong:
         raise DataError(path, line, field=wrong.field, problem=wrong.problem) from None
@@ -176,6 +177,18 @@ def _sft(row: Mapping[str, object]) -> tuple[Text, tuple[Text, ...]]:
         return "", (text,)
     wanted = "completion" if "prompt" in row else "messages"
     _missing(row, wanted, "an SFT row has 'messages', or 'prompt' and 'completion', or 'text'")
+
+
+def _prm(row: Mapping[str, object]) -> tuple[Text, tuple[Text, ...], tuple[LabelledSteps, ...]]:
+    """The answer in one piece, in the prompt's shape, and its steps."""
+    if "steps" not in row:
+        have = ", ".join(map(str, row))
+        _missing(row, "steps", f"the row's columns are: {have if len(have) <= 100 else have[:100] + '...'}")
+    prompt = _text(row, "prompt")
+    answer, steps = read_steps(row)
+    completion: Text = answer if isinstance(prompt, str) else (Message("assistant", answer),)
+    _check_completion(prompt, completion, "steps")
+    return prompt, (completion,), (steps,)
 
 
 def _split_messages(messages: Text) -> tuple[Text, tuple[Text, ...]]:
@@ -337,4 +350,9 @@ def _show(value: object) -> str:
 
 
 def _example(kind: Kind) -> str:
-    return '{"prompt": ..., "chosen": ..., "rejected": ...}' if kind == "pair" else '{"messages": [...]}'
+    examples = {
+        "pair": '{"prompt": ..., "chosen": ..., "rejected": ...}',
+        "sft": '{"messages": [...]}',
+        "prm": '{"prompt": ..., "steps": [...], "hard": [...]}',
+    }
+    return examples[kind]

@@ -4,7 +4,7 @@ A shard is built once, by one process, before any process group exists; everybod
 template, options or the encoding code that differ give another key, hence another folder, so a stale shard cannot be
 opened. No pickle anywhere. The whole cache folder may be deleted at any time.
 
-    <cache>/<key>/            tokens.npy ...   the arrays of ARRAYS
+    <cache>/<key>/            tokens.npy ...   the arrays of ARRAYS, and of LABEL_ARRAYS where there are labels
                               manifest.json    written last: what it was made from, and each file's size and sha256
     <cache>/<key>.building/   a build in progress, or what a killed one left; the next build removes it
     <cache>/<key>.lock        held while building (empty, left behind)
@@ -23,6 +23,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,8 @@ from data_tools import (
     jsonl,
     render,
     schema,
+    step_rows,
+    step_text,
     template_filters,
     template_sandbox,
     tokenizer,
@@ -48,6 +51,7 @@ from data_tools.encode import EncodeOptions, EncodeReport, Group, encode_records
 from data_tools.errors import DataError, UserError
 from data_tools.file_digests import FileDigests, hash_file, stamp
 from data_tools.jsonl import read_records
+from data_tools.step_rows import StepLabel
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 
 ARRAYS: dict[str, type[np.generic]] = {
@@ -61,12 +65,14 @@ ARRAYS: dict[str, type[np.generic]] = {
     "id_bytes": np.uint8,  # utf-8 of all record ids
     "id_offsets": np.int64,  # (G + 1,) into id_bytes
 }
+LABEL_ARRAYS: dict[str, type[np.generic]] = {"labels": np.float32}
+"""(S, 4), a StepLabel for each span. Only in shards of steps: the others keep their digest, hence their order."""
 MANIFEST = "manifest.json"
 
 # Modules that decide what a shard holds. Their text is part of the key: new code never opens what old code encoded.
 _ENCODING_MODULES = (
     *(tokenizer, tokenizer_bytes, tokenizer_library, tokenizer_pieces, tokenizer_specials),
-    *(schema, jsonl, chat_template, template_filters, template_sandbox, render, encode),
+    *(schema, step_rows, jsonl, chat_template, template_filters, template_sandbox, render, step_text, encode),
 )
 _ENCODING_FILES = [__file__, *(module.__file__ for module in _ENCODING_MODULES)]
 
@@ -81,7 +87,8 @@ class Shard(Sequence[Group]):
 
     def __init__(self, folder: Path, report: EncodeReport, digest: str, *, reused: bool) -> None:
         self.folder, self.report, self.digest, self.reused = folder, report, digest, reused
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+        names = [*ARRAYS, *(name for name in LABEL_ARRAYS if (folder / f"{name}.npy").exists())]
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
         # Plain arrays over the same maps: slicing a np.memmap costs six times as much.
         self._arrays = {name: array.view(np.ndarray) for name, array in arrays.items()}
         self.group_tokens = np.diff(self._arrays["group_offsets"])
@@ -95,13 +102,22 @@ class Shard(Sequence[Group]):
         a = self._arrays
         first, last = a["branch_offsets"][i : i + 2].tolist()
         cuts = a["span_offsets"][first : last + 1].tolist()
+        labels: tuple[tuple[StepLabel, ...], ...] = ()
+        if "labels" in a:
+            labels = tuple(tuple(map(StepLabel._make, a["labels"][s:e].tolist())) for s, e in pairwise(cuts))
         return Group(
             record_id=a["id_bytes"][slice(*a["id_offsets"][i : i + 2].tolist())].tobytes().decode(),
             ids=a["tokens"][slice(*a["group_offsets"][i : i + 2].tolist())],
             lengths=tuple(a["branch_lengths"][first:last].tolist()),
             spans=tuple(tuple(map(tuple, a["spans"][s:e].tolist())) for s, e in zip(cuts, cuts[1:], strict=False)),
             weight=float(a["weights"][i]),
+            labels=labels,
         )
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(S, 4) float32, a StepLabel for each scored token in the order of the groups; None in a shard without."""
+        return self._arrays.get("labels")
 
     def branch_lengths(self, index: int) -> tuple[int, ...]:
         """Tokens of each branch of group `index`, the prompt first, without building the group."""
@@ -160,7 +176,7 @@ def write_shard(groups: Sequence[Group], report: EncodeReport, folder: Path, inp
 def read_shard(folder: Path, digests: FileDigests, *, reused: bool = True) -> Shard:
     """Open a shard folder after checking it; raises ValueError or OSError that says what is damaged."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    names = [f"{name}.npy" for name in ARRAYS]
+    names = [f"{name}.npy" for name in (*ARRAYS, *LABEL_ARRAYS) if name in ARRAYS or f"{name}.npy" in manifest["files"]]
     for name in names:
         if (folder / name).stat().st_size != manifest["files"][name]["bytes"]:
             raise ValueError(f"{name} has not the size that was written")
@@ -264,6 +280,7 @@ def _pack(groups: Sequence[Group]) -> dict[str, np.ndarray]:
     ids = [group.record_id.encode() for group in groups]
     for group in groups:
         assert sum(group.lengths) == len(group.ids) and len(group.spans) == len(group.lengths), group.record_id
+        assert not group.labels or [*map(len, group.labels)] == [*map(len, group.spans)], group.record_id
     values = {
         "tokens": np.concatenate([group.ids for group in groups]) if groups else [],
         "group_offsets": _offsets([len(group.ids) for group in groups]),
@@ -275,7 +292,11 @@ def _pack(groups: Sequence[Group]) -> dict[str, np.ndarray]:
         "id_bytes": np.frombuffer(b"".join(ids), dtype=np.uint8),
         "id_offsets": _offsets([len(i) for i in ids]),
     }
-    return {name: np.asarray(values[name], dtype=dtype) for name, dtype in ARRAYS.items()}
+    types = dict(ARRAYS)
+    if any(group.labels for group in groups):
+        types |= LABEL_ARRAYS
+        values["labels"] = [label for group in groups for own in group.labels for label in own]
+    return {name: np.asarray(values[name], dtype=dtype) for name, dtype in types.items()}
 
 
 def _offsets(counts: list[int]) -> np.ndarray:

@@ -39,7 +39,10 @@ def describe_group(group: Group, tokenizer: Tokenizer, color: bool) -> str:
 
 
 def end_of_turn_line(group: Group, tokenizer: Tokenizer) -> str:
-    """`end-of-turn token trained: yes (<|im_end|>)`, or no with the completions that lack one."""
+    """`end-of-turn token trained: yes (<|im_end|>)`, or no with the completions that lack one; of steps, their hard
+    labels."""
+    if group.labels:
+        return f"labels at the marked tokens: {' '.join(f'{label.hard:.0f}' for own in group.labels for label in own)}"
     ends = _end_tokens(group, tokenizer)
     missing = [str(k) for k, end in enumerate(ends, start=1) if end is None]
     if missing:
@@ -84,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="JSON Lines file, plain or gzip")
     parser.add_argument("--model", required=True, help="model folder with tokenizer and chat template")
     parser.add_argument("-n", type=int, default=3, help="rows to show, from the start (default 3)")
-    parser.add_argument("--kind", choices=("pair", "sft"), default="pair", help="what the rows are (default pair)")
+    parser.add_argument("--kind", choices=("pair", "sft", "prm"), default="pair", help="what the rows are (pair)")
     parser.add_argument("--max-length", type=int, help="drop longer rows, in tokens (default: no limit)")
     parser.add_argument("--chat-template", help="jinja file that replaces the model's template")
     parser.add_argument("--special-tokens", choices=SPECIAL_TOKENS, default="text", help="as data.special_tokens")
