@@ -19,11 +19,14 @@ UTF8_BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
-def iter_jsonl(path: str | Path) -> Iterator[tuple[int, object]]:
+def iter_jsonl(path: str | Path, *, may_be_empty: bool = False) -> Iterator[tuple[int, object]]:
     """Yield (line number from 1, decoded value) of a .jsonl or .jsonl.gz file.
 
+    may_be_empty: a file of no bytes has no rows, as a step writes it that had nothing to write.
     Raises DataError at the first line that is not UTF-8 or not JSON, and for a file that is missing, empty or damaged.
     """
+    if may_be_empty and Path(path).is_file() and Path(path).stat().st_size == 0:
+        return
     for line, value in _scan(path):
         if isinstance(value, DataError):
             raise value

@@ -109,7 +109,10 @@ def messages_of(prompt: Text) -> list[dict[str, str]]:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read and check a prompts file. Raises DataErrors with up to 20 faults; an id may stand only once."""
+    """Read and check a prompts file; one of no bytes holds no prompts, as a step writes it that has nothing to ask.
+
+    Raises DataErrors with up to 20 faults; an id may stand only once.
+    """
     seen: dict[str, int] = {}
 
     def check(row: tuple[int, object]) -> Prompt:
@@ -124,7 +127,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             raise DataError(path, line, field="id", problem=f"'{record.id}' already stands in line {first}")
         return Prompt(record.id, record.prompt, settings, str(path), line)
 
-    return check_each(iter_jsonl(path), check)
+    return check_each(iter_jsonl(path, may_be_empty=True), check)
 
 
 def read_samples(path: str | Path) -> SamplesRead:

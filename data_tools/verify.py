@@ -90,7 +90,7 @@ def _read_samples(path: str, kind: str, tasks: Mapping[str, tuple[int, Row]] | N
         line, value = row
         return _read_sample(_object(value, path, line), path, line, kind, tasks, ready)
 
-    yield from check_each(iter_jsonl(path), check)
+    yield from check_each(iter_jsonl(path, may_be_empty=True), check)
 
 
 def _read_sample(

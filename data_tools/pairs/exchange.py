@@ -124,7 +124,7 @@ def read_answers(requests: str | Path, samples: str | Path, verdicts: str | Path
 def read_verdicts(path: str | Path) -> dict[tuple[str, int], str]:
     """(id, sample) to correct | wrong | invalid, of a file of `data_tools.verify` or of a judge. Raises DataError."""
     found = {}
-    for line, row in iter_jsonl(path):
+    for line, row in iter_jsonl(path, may_be_empty=True):
         if not isinstance(row, dict) or row.get("verdict") not in VERDICTS:
             raise DataError(path, line, field="verdict", problem=f"expected one of {', '.join(VERDICTS)}")
         found[id_of(row, path, line), int(row.get("sample", 0))] = row["verdict"]
