@@ -207,6 +207,24 @@ def encode_prompts(
     return found
 
 
+def encode_prefixes(
+    prefixes: Sequence[str], prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, *, special_tokens: str = "text"
+) -> list[list[int]]:
+    """The beginnings of answers as tokens that go on from their prompts' tokens, just as whole answers do in training.
+
+    No chat template is asked: it would end the turn. special_tokens: as in EncodeOptions.
+    """
+    plain = [special_tokens == "text" and tokenizer.spelled_special(text) is not None for text in prefixes]
+    after = [prompt[-1] if prompt else None for prompt in prompts]
+    found: list[list[int]] = [[] for _ in prefixes]
+    for is_plain, encode in ((False, tokenizer.encode_batch), (True, tokenizer.encode_plain_batch)):
+        rows = [row for row, own in enumerate(plain) if own == is_plain and prefixes[row]]
+        ids = encode([prefixes[row] for row in rows], [after[row] for row in rows])
+        for row, own in zip(rows, ids, strict=True):
+            found[row] = own
+    return found
+
+
 def _collect(errors: list[DataError], error: DataError) -> None:
     errors.append(error)
     if len(errors) == MAX_ERRORS:

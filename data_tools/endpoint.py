@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -26,8 +27,12 @@ from data_tools.endpoint_config import DEFAULT_KEY, EndpointConfig, Totals
 from data_tools.endpoint_limits import RetryPolicy
 from data_tools.endpoint_request import PATHS, Question, Sampling, SettingsError, body_of
 from data_tools.errors import DataError, UserError, check_each
-from data_tools.samples import Prompt, Sample, SampleWriter, digest_of, read_prompts
+from data_tools.samples import Prompt, Sample, SampleWriter, prompt_digest, read_prompts
 
+NO_PREFIX = (
+    "most servers begin a new answer after the assistant's message; for one that goes on with it (vLLM, SGLang) give "
+    "--continue-final-message, or use --api completions"
+)
 QUIET_S = 10.0
 """Seconds between lines of progress where nobody watches a terminal."""
 
@@ -36,9 +41,12 @@ def questions_of(prompts: Sequence[Prompt], sampling: Sampling, config: Endpoint
     """Every prompt as a question for all of its samples. Raises DataErrors for rows that cannot be asked."""
 
     def check(prompt: Prompt) -> Question:
+        if prompt.prefix and config.api == "chat" and not config.continue_final_message:
+            raise DataError(prompt.path, prompt.line, field="prefix", problem=NO_PREFIX)
         try:
             own = sampling.changed(prompt.settings)
-            question = Question(id=prompt.id, prompt=prompt.prompt, sampling=own, samples=tuple(range(own.n)))
+            numbers = tuple(range(own.n))
+            question = Question(id=prompt.id, prompt=prompt.prompt, sampling=own, samples=numbers, prefix=prompt.prefix)
             body_of(question, model=config.model, api=config.api, sample=0)
             if own.seed is not None and config.samples_per_request > 1:
                 raise SettingsError("seed: cannot be with samples_per_request above 1; leave one of them out")
@@ -59,10 +67,10 @@ def still_wanted(questions: Sequence[Question], writer: SampleWriter, config: En
             question.samples,
             model=config.model,
             settings_digest=question.sampling.digest(config.api),
-            prompt_digest=digest_of(question.prompt),
+            prompt_digest=prompt_digest(question.prompt, question.prefix),
         )
         if missing:
-            wanted.append(Question(id=question.id, prompt=question.prompt, sampling=question.sampling, samples=missing))
+            wanted.append(replace(question, samples=missing))
     return wanted
 
 
@@ -77,7 +85,7 @@ def sample_of(result: Result, config: EndpointConfig) -> Sample:
         finish_reason=answer.finish_reason,
         model=config.model,
         settings_digest=question.sampling.digest(config.api),
-        prompt_digest=digest_of(question.prompt),
+        prompt_digest=prompt_digest(question.prompt, question.prefix),
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.completion_tokens,
         logprobs=answer.logprobs,
@@ -175,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools.endpoint", description=about)
     parser.add_argument("--url", required=True, help="the API's base, as far as the version: http://localhost:8000/v1")
     parser.add_argument("--model", required=True, help="name of the model at the server")
-    parser.add_argument("--prompts", required=True, help="JSON Lines: id, prompt (string or messages), settings")
+    parser.add_argument("--prompts", required=True, help="JSON Lines: id, prompt (string or messages), prefix, settings")
     parser.add_argument("--out", required=True, type=Path, help="JSON Lines of samples; rows that are there stay")
     parser.add_argument(
         "--api", choices=list(PATHS), default="chat", help="chat (default), or completions of plain text"
@@ -195,6 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--extra", default="{}", help="JSON object of further fields of the request: '{\"top_k\": 20}'")
     group = parser.add_argument_group("server")
     group.add_argument("--api-key-env", help=f"environment variable with the key; '' for none (default {DEFAULT_KEY})")
+    group.add_argument(
+        "--continue-final-message", action="store_true", help="it can go on with the assistant's message: row's prefix"
+    )
     group.add_argument("--concurrency", type=int, default=8, help="requests in flight (default 8)")
     group.add_argument("--samples-per-request", type=int, default=1, help="ask for so many at once (default 1)")
     group.add_argument("--rpm", type=float, help="requests a minute, at most")
@@ -228,6 +239,7 @@ def _config(args: argparse.Namespace) -> EndpointConfig:
         read_s=args.read_timeout,
         total_s=args.total_timeout,
         samples_per_request=args.samples_per_request,
+        continue_final_message=args.continue_final_message,
         price_prompt=args.price_prompt,
         price_completion=args.price_completion,
         max_cost=args.max_cost,

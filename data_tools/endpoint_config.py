@@ -36,6 +36,8 @@ class EndpointConfig:
     """Longest request, all in all."""
     samples_per_request: int = 1
     """Above 1 several samples of a prompt are asked for at once, by `n`: the prompt is billed once. Without a seed."""
+    continue_final_message: bool = False
+    """The server goes on with the assistant's own last message where it is asked to: rows may have a prefix."""
     max_response_bytes: int = 64 << 20
     price_prompt: float | None = None
     """Money per million tokens, in any currency."""

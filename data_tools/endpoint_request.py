@@ -98,6 +98,8 @@ class Question:
     prompt: Text
     sampling: Sampling
     samples: tuple[int, ...] = (0,)
+    prefix: str = ""
+    """How the answer begins; what is asked for is the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +126,20 @@ class Usage:
 
 
 def body_of(question: Question, *, model: str, api: Api, sample: int) -> dict[str, Any]:
-    """The JSON body that asks for one sample. Raises UserError for messages where only a string can be sent."""
+    """The JSON body that asks for one sample. Raises UserError for messages where only a string can be sent.
+
+    A prefix is the assistant's own last message, which a server that knows `continue_final_message` goes on with (vLLM,
+    SGLang); behind a plain prompt it is the prompt's end, which any server goes on from.
+    """
     sampling = question.sampling
     body: dict[str, Any] = {**sampling.extra, "model": model}
     if api == "chat":
         body["messages"] = messages_of(question.prompt)
+        if question.prefix:
+            body["messages"].append({"role": "assistant", "content": question.prefix})
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
     elif isinstance(question.prompt, str):
-        body["prompt"] = question.prompt
+        body["prompt"] = question.prompt + question.prefix
     else:
         raise UserError(f"prompt '{question.id}' is a list of messages: /completions takes a string; use the chat API")
     for name in ("temperature", "top_p", "max_tokens"):

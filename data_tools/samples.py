@@ -7,6 +7,7 @@ Prompts, JSON Lines; other columns are ignored:
 
     id         string or whole number, unique in the file; left out: `<file name>:<line>`
     prompt     a string, or a list of messages that ends with the user (then it may be called `messages`)
+    prefix     a string, optional: how the answer begins; what is sampled goes on from there, and is `text` alone
     settings   an object, optional: what differs for this row; its keys are judged by the command that samples
 
 Samples, JSON Lines, one row a sample; `prompt_tokens` and below may be null or left out:
@@ -16,7 +17,7 @@ Samples, JSON Lines, one row a sample; `prompt_tokens` and below may be null or 
     finish_reason     "stop" (it ended itself or by a stop string), "length" (cut off), or what else a server says
     model             as the user named it
     settings_digest   `digest_of` the sampling settings, so that a file is not filled from two kinds of sampling
-    prompt_digest     `digest_of` the prompt, so that an id is not taken for another prompt's
+    prompt_digest     `digest_of` the prompt (with its prefix), so that an id is not taken for another prompt's
     prompt_tokens, completion_tokens   counts
     logprobs          nats of each token of the completion, as sampled
     reasoning         what a server gives apart from the text as the model's thinking
@@ -57,6 +58,12 @@ class Prompt:
     settings: Mapping[str, Any]
     path: str
     line: int
+    prefix: str = ""
+
+    @property
+    def digest(self) -> str:
+        """`prompt_digest` of its samples."""
+        return prompt_digest(self.prompt, self.prefix)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +108,13 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
 
 
+def prompt_digest(prompt: Text, prefix: str = "") -> str:
+    """`digest_of` what a sample goes on from: the prompt, and its prefix where there is one."""
+    if not prefix:
+        return digest_of(prompt)
+    return digest_of({"prompt": prompt if isinstance(prompt, str) else messages_of(prompt), "prefix": prefix})
+
+
 def messages_of(prompt: Text) -> list[dict[str, str]]:
     """A prompt as a list of {"role", "content"}; a string is one message of the user."""
     if isinstance(prompt, str):
@@ -122,10 +136,13 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         settings = value.get("settings", {})
         if not isinstance(settings, dict):
             raise DataError(path, line, field="settings", problem='expected an object like {"temperature": 0.7}')
+        prefix = value.get("prefix", "")
+        if not isinstance(prefix, str):
+            raise DataError(path, line, field="prefix", problem="expected a string: how the answer begins")
         first = seen.setdefault(record.id, line)
         if first != line:
             raise DataError(path, line, field="id", problem=f"'{record.id}' already stands in line {first}")
-        return Prompt(record.id, record.prompt, settings, str(path), line)
+        return Prompt(record.id, record.prompt, settings, str(path), line, prefix)
 
     return check_each(iter_jsonl(path, may_be_empty=True), check)
 

@@ -9,10 +9,10 @@ is asked stands in the row with that id of the --tasks file or, without --tasks,
     code     a row of HumanEval (prompt, entry_point, test) or MBPP (test_list, ...), or `tests`: Python, as text or a
              list of lines, with `entry_points` (names of the program that shadow built-ins) and `prompt` where needed
 
-`task_id` does for `id`; a sample's id may be its question's with more behind a "#" (`q7#3`). --out gets a row for each
-sample, in order: id, sample (where given), verdict (correct, wrong or invalid), extracted, why; for code also limit,
-sandbox and output. It appears when all is judged. Exit codes: 0 done, 2 the input is wrong (each fault with file and
-line).
+`task_id` does for `id`; a sample's id may be its question's with more behind a "#" (`q7#3`). With --prompts, those that
+were sampled, a row's `prefix` stands before its samples: that is the answer judged. --out gets a row for each sample,
+in order: id, sample (where given), verdict (correct, wrong or invalid), extracted, why; for code also limit, sandbox
+and output. It appears when all is judged. Exit codes: 0 done, 2 the input is wrong (each fault with file and line).
 """
 
 import argparse
@@ -25,6 +25,7 @@ from typing import Any
 from data_tools.errors import DataError, UserError, check_each
 from data_tools.jsonl import iter_jsonl, write_rows
 from data_tools.questions import RULE_KINDS, Row, check_asked, code_task, gold_of, id_of, question_id
+from data_tools.samples import read_prompts
 from data_tools.verify_code import CodeTask, Limits, check_programs, extract_program
 from data_tools.verify_number import DEFAULT_REL_TOL, verify_number
 from data_tools.verify_option import verify_option
@@ -51,7 +52,8 @@ def _verify(args: argparse.Namespace) -> None:
             f"--workers {args.workers}, --rel-tol {args.rel_tol}: at least 1 worker, a tolerance from 0 to 1"
         )
     tasks = _read_tasks(args.tasks) if args.tasks else None
-    samples = list(_read_samples(args.samples, args.kind, tasks))
+    begun = {own.id: own.prefix for own in read_prompts(args.prompts) if own.prefix} if args.prompts else {}
+    samples = list(_read_samples(args.samples, args.kind, tasks, begun))
     if args.kind == "code":
         verdicts = _code_verdicts([(text, task) for _, text, task in samples], limits, args.workers)
     elif args.kind == "number":
@@ -82,13 +84,16 @@ def _read_tasks(path: str) -> dict[str, tuple[int, Row]]:
     return tasks
 
 
-def _read_samples(path: str, kind: str, tasks: Mapping[str, tuple[int, Row]] | None) -> Iterator[tuple[Row, str, Any]]:
-    """(sample's row, its text, what is asked), checked; raises DataErrors with up to 20 faults."""
+def _read_samples(
+    path: str, kind: str, tasks: Mapping[str, tuple[int, Row]] | None, begun: Mapping[str, str]
+) -> Iterator[tuple[Row, str, Any]]:
+    """(sample's row, its text behind how it begins, what is asked), checked; raises DataErrors with up to 20 faults."""
     ready: dict[str, CodeTask] = {}
 
     def check(row: tuple[int, object]) -> tuple[Row, str, Any]:
         line, value = row
-        return _read_sample(_object(value, path, line), path, line, kind, tasks, ready)
+        row, text, asked = _read_sample(_object(value, path, line), path, line, kind, tasks, ready)
+        return row, begun.get(str(row.get("id")), "") + text, asked
 
     yield from check_each(iter_jsonl(path, may_be_empty=True), check)
 
@@ -150,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", required=True, help="JSON Lines of answers")
     parser.add_argument("--out", required=True, help="JSON Lines of verdicts, written anew")
     parser.add_argument("--tasks", help="JSON Lines of questions by id (default: each sample's own row)")
+    parser.add_argument("--prompts", help="JSON Lines of prompts whose `prefix` the samples go on from")
     parser.add_argument("--rel-tol", type=float, default=DEFAULT_REL_TOL, help="number: relative tolerance, 0 = exact")
     parser.add_argument("--cpu-s", type=int, default=10, help="code: CPU seconds of a process")
     parser.add_argument("--wall-s", type=float, default=30.0, help="code: seconds for all tests of a program")

@@ -27,10 +27,14 @@ TAIL = 8
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's tokens, BOS and generation prompt included, and the name that its random numbers come from."""
+    """A prompt's tokens, BOS and generation prompt included, and the name that its random numbers come from.
+
+    prefix: how many of them, at the end, are the beginning of the answer; a completion's text is what follows it.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
+    prefix: int = 0
 
 
 @dataclass(frozen=True)
@@ -240,25 +244,32 @@ class _Engine:
     def _finished(self, own: _Running) -> Completion | None:
         reason, text = None, None
         if own.ids[-1] in self.stop_ids:
-            reason, text = "stop", self._text(own.ids[:-1])
-        elif self.options.stop and (found := self._stopped_text(own.ids)) is not None:
+            reason, text = "stop", self._continuation(own, own.ids[:-1])
+        elif self.options.stop and (found := self._stopped_text(own)) is not None:
             reason, text = "stop", found
         elif len(own.ids) == self.options.max_tokens:
-            reason, text = "length", self._text(own.ids)
+            reason, text = "length", self._continuation(own, own.ids)
         if reason is None or text is None:
             return None
         prompt_tokens = len(own.request.prompt_ids)
         return Completion(own.request.id, own.sample, own.ids, own.logps, text, reason, prompt_tokens)
 
-    def _stopped_text(self, ids: list[int]) -> str | None:
+    def _stopped_text(self, own: _Running) -> str | None:
         """The text before the first stop text, or None where there is none."""
         longest = max(map(len, self.options.stop))
-        tail = self._text(ids[-(longest + TAIL) :])
+        tail = self._text(own.ids[-(longest + TAIL) :])
         if not any(stop in tail for stop in self.options.stop):
             return None
-        text = self._text(ids)
+        text = self._continuation(own, own.ids)
         places = [place for stop in self.options.stop if (place := text.find(stop)) >= 0]
         return text[: min(places)] if places else None
+
+    def _continuation(self, own: _Running, ids: list[int]) -> str:
+        """The text of tokens behind the request's prefix: a first space is dropped at the start of a text only."""
+        if not own.request.prefix:
+            return self._text(ids)
+        begun = list(own.request.prompt_ids[-own.request.prefix :])
+        return self._text(begun + ids)[len(self._text(begun)) :]
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode([token for token in ids if not self.tokenizer.is_special(token)])

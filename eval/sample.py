@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data_tools import endpoint
 from data_tools.chat_template import load_chat_template
-from data_tools.encode import encode_prompts
+from data_tools.encode import encode_prefixes, encode_prompts
 from data_tools.errors import DataError, check_each
 from data_tools.jsonl import read_records
 from data_tools.samples import Prompt, Sample, SampleWriter, digest_of, read_prompts
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
                 range(own.n),
                 model=args.model,
                 settings_digest=settings_digest(own, args),
-                prompt_digest=digest_of(prompt.prompt),
+                prompt_digest=prompt.digest,
             )
             for prompt, own in zip(prompts, options, strict=True)
         ]
@@ -105,7 +105,7 @@ def _draw(
                         finish_reason=done.finish_reason,
                         model=args.model,
                         settings_digest=settings_digest(own, args),
-                        prompt_digest=digest_of(prompt.prompt),
+                        prompt_digest=prompt.digest,
                         prompt_tokens=done.prompt_tokens,
                         completion_tokens=len(done.token_ids),
                         logprobs=tuple(done.logps) if args.logprobs else None,
@@ -134,7 +134,7 @@ def settings_digest(options: SamplingOptions, args: argparse.Namespace) -> str:
 
 
 def _requests(prompts: Sequence[Prompt], args: argparse.Namespace, tokenizer: Tokenizer) -> list[Request]:
-    """Every prompt as tokens, behind the examples of --few-shot."""
+    """Every prompt as tokens, behind the examples of --few-shot, with how its answer begins."""
     template = load_chat_template(args.model, args.chat_template)
     shots = read_records([args.few_shot], kind="sft") if args.few_shot else []
     examples = [(shot.prompt, shot.completions[0]) for shot in shots]
@@ -143,12 +143,14 @@ def _requests(prompts: Sequence[Prompt], args: argparse.Namespace, tokenizer: To
         text = with_examples(prompt.prompt, examples, args.api)
         records.append(Record(id=prompt.id, prompt=text, completions=(), path=prompt.path, line=prompt.line))
     ids = encode_prompts(records, tokenizer, template, special_tokens=args.special_tokens)
+    begun = encode_prefixes([own.prefix for own in prompts], ids, tokenizer, special_tokens=args.special_tokens)
     vocabulary = ModelConfig.from_folder(args.model).vocab_size
-    largest = max((token for own in ids for token in own), default=0)
+    largest = max((token for own in (*ids, *begun) for token in own), default=0)
     if largest >= vocabulary:
         problem = f"the tokenizer gives id {largest}, the model has {vocabulary}: they do not belong together"
         raise UserError(f"{args.model}: {problem}")
-    return [Request(prompt.id, tuple(own)) for prompt, own in zip(prompts, ids, strict=True)]
+    rows = zip(prompts, ids, begun, strict=True)
+    return [Request(prompt.id, (*own, *prefix), len(prefix)) for prompt, own, prefix in rows]
 
 
 def _options_of_rows(prompts: Sequence[Prompt], common: SamplingOptions) -> list[SamplingOptions]:
@@ -178,7 +180,7 @@ def _options(args: argparse.Namespace) -> SamplingOptions:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.sample", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="Hugging Face model folder")
-    parser.add_argument("--prompts", required=True, help="JSON Lines: id, prompt (string or messages), settings")
+    parser.add_argument("--prompts", required=True, help="JSON Lines: id, prompt (string or messages), prefix, settings")
     parser.add_argument("--out", required=True, type=Path, help="JSON Lines of samples; rows that are there stay")
     parser.add_argument(
         "--api", choices=["chat", "completions"], default="chat", help="chat (default), or plain text that goes on"

@@ -22,7 +22,7 @@ from data_tools.errors import DataError, UserError
 from data_tools.jsonl import iter_jsonl, write_rows
 from data_tools.placeholders import fill
 from data_tools.questions import id_of
-from data_tools.samples import Sample, digest_of, messages_of, read_prompts, read_samples
+from data_tools.samples import Sample, messages_of, read_prompts, read_samples
 from data_tools.schema import Message, Text
 
 VERDICTS = ("correct", "wrong", "invalid")
@@ -58,12 +58,16 @@ class RequestRow:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A sample with the prompt it answers and the verdict on it (None where no verdicts were given)."""
+    """A sample with the prompt it answers and the verdict on it (None where no verdicts were given).
+
+    prefix: how the answer begins, where the sample goes on from a beginning.
+    """
 
     id: str
     prompt: Text
     sample: Sample
     verdict: str | None
+    prefix: str = ""
 
 
 def read_prompt_texts(path: str | Path, names: Sequence[str]) -> dict[str, PromptText]:
@@ -108,8 +112,8 @@ def read_answers(requests: str | Path, samples: str | Path, verdicts: str | Path
     for sample in sorted(read_samples(samples).samples, key=lambda own: own.sample):
         if sample.id not in asked:
             raise UserError(f"{samples}: id '{sample.id}' is no request of {requests}; name the file it was drawn for")
-        prompt = asked[sample.id].prompt
-        if digest_of(prompt) != sample.prompt_digest:
+        own = asked[sample.id]
+        if own.digest != sample.prompt_digest:
             problem = f"sample {sample.sample} of id '{sample.id}' was drawn for another prompt than {requests} has now"
             raise UserError(f"{samples}: {problem}; draw it anew into another file")
         verdict = None
@@ -117,7 +121,7 @@ def read_answers(requests: str | Path, samples: str | Path, verdicts: str | Path
             verdict = judged.get(sample.key)
             if verdict is None:
                 raise UserError(f"{verdicts}: no verdict on sample {sample.sample} of id '{sample.id}'; judge it anew")
-        found[sample.id].append(Answer(sample.id, prompt, sample, verdict))
+        found[sample.id].append(Answer(sample.id, own.prompt, sample, verdict, own.prefix))
     return [answer for answers in found.values() for answer in answers]
 
 
