@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_tools.endpoint", description=about)
     parser.add_argument("--url", required=True, help="the API's base, as far as the version: http://localhost:8000/v1")
     parser.add_argument("--model", required=True, help="name of the model at the server")
-    parser.add_argument("--prompts", required=True, help="JSON Lines: id, prompt (string or messages), prefix, settings")
+    parser.add_argument("--prompts", required=True, help="JSON Lines: id, prompt (text or messages), prefix, settings")
     parser.add_argument("--out", required=True, type=Path, help="JSON Lines of samples; rows that are there stay")
     parser.add_argument(
         "--api", choices=list(PATHS), default="chat", help="chat (default), or completions of plain text"

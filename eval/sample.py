@@ -180,7 +180,7 @@ def _options(args: argparse.Namespace) -> SamplingOptions:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.sample", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="Hugging Face model folder")
-    parser.add_argument("--prompts", required=True, help="JSON Lines: id, prompt (string or messages), prefix, settings")
+    parser.add_argument("--prompts", required=True, help="JSON Lines: id, prompt (text or messages), prefix, settings")
     parser.add_argument("--out", required=True, type=Path, help="JSON Lines of samples; rows that are there stay")
     parser.add_argument(
         "--api", choices=["chat", "completions"], default="chat", help="chat (default), or plain text that goes on"
