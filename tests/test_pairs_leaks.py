@@ -146,4 +146,4 @@ def test_what_the_verifier_reads_as_the_right_answer_is_a_leak(shared_dir: Path)
             if text and verify_option(text, str(own.gold), own.options).verdict == "correct":
                 read += 1
                 seen += leak_of(text, own) is not None
-    assert seen == read > 1000
+    assert seen == read == 977

@@ -2,7 +2,8 @@
 
 `Phrases` finds words that only one who saw another answer would write. `leak_of` says whether a critique names the
 right answer: its label in any script that `verify_option_read` knows, its own words, what a verifier would read as it,
-or all other options, which leaves one. Both look at a copy in one spelling; no text is changed. A paraphrase of the right option is not seen.
+or all other options, which leaves one. Both look at a copy in one spelling; no text is changed. A paraphrase of the
+right option is not seen.
 """
 
 import argparse
