@@ -26,6 +26,8 @@ Unit = Literal["auto", "word", "char"]
 LEAST = 5
 """Units an item must have to be judged by its whole text."""
 SHINGLE = {"word": 3, "char": 5}
+LEAST_OWN = 3
+"""Short grams that an item must have left, where common ones are forgotten: as many as five words have."""
 SPACELESS = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0e7f]")
 WORD = re.compile(r"\w+")
 NOT_TEXT = ("id", "lang", "source", "licence", "license", "subject", "topic", "role", "url", "answer")
@@ -76,6 +78,7 @@ class _Item:
     line: int
     units: int
     shingles: int
+    judged: bool = True
     best: float = 0.0
     place: tuple[str, str] = ("", "")
     run: int = 0
@@ -98,6 +101,11 @@ def grams_of(units: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
         yield tuple(units[start : start + n])
 
 
+def common_limit(texts: int) -> int:
+    """A gram in more of so many texts is common to them, not one text's own: 5% of them, at least 10."""
+    return max(10, texts // 20)
+
+
 def find_overlaps(
     train: Sequence[str | Path],
     evaluation: str | Path,
@@ -107,8 +115,13 @@ def find_overlaps(
     unit: Unit = "auto",
     train_fields: Sequence[str] = (),
     eval_fields: Sequence[str] = (),
+    skip_common: bool = False,
 ) -> Findings:
-    """Every item of `evaluation` against every row of the training files. Raises UserError for bad files or options."""
+    """Every item of `evaluation` against every row of the training files. Raises UserError for bad files or options.
+
+    skip_common: grams that more items have than `common_limit` says are passed over: an instruction that all prompts
+    have is no contamination. An item of which too little is left is counted as too short.
+    """
     if n < LEAST or not 0 < near <= 1:
         raise UserError(f"--n {n}, --near {near:g}: n must be {LEAST} or more, near above 0 and at most 1")
     index = _Index(n)
@@ -116,6 +129,8 @@ def find_overlaps(
     for line, row in iter_jsonl(evaluation):
         found.items += 1
         found.too_short += not index.add(_text_of_item(row, evaluation, line, eval_fields), evaluation, line, row, unit)
+    if skip_common:
+        found.too_short += index.drop_common(common_limit(len(index.items)))
     for path in train:
         for line, row in iter_jsonl(path):
             found.train_rows += 1
@@ -170,6 +185,25 @@ class _Index:
             by_gram[gram].append(number)
         return True
 
+    def drop_common(self, limit: int) -> int:
+        """Forget what more than `limit` items have; returns how many items are then too short to judge.
+
+        A long gram that is mostly made of common short ones is forgotten too: an instruction's end and a first word.
+        """
+        for kind, by_shingle in self.shingles.items():
+            common = {shingle for shingle, held in by_shingle.items() if len(held) > limit}
+            for shingle in common:
+                for number in by_shingle.pop(shingle):
+                    self.items[number].shingles -= 1
+            for by_gram in self.grams[kind].values():
+                for gram in list(by_gram):
+                    inner = [shingle in common for shingle in grams_of(gram, SHINGLE[kind])]
+                    if 2 * sum(inner) > len(inner):
+                        del by_gram[gram]
+        for item in self.items:
+            item.judged = item.shingles >= LEAST_OWN
+        return sum(not item.judged for item in self.items)
+
     def look(self, text: str, place: str, name: str) -> None:
         """Look for every item in a training row."""
         for kind in ("word", "char"):
@@ -183,7 +217,7 @@ class _Index:
             )
             for number, count in shared.items():
                 item = self.items[number]
-                if count / item.shingles > item.best:
+                if item.judged and count / item.shingles > item.best:
                     item.best, item.place = count / item.shingles, (place, name)
             if not shared:  # a run has LEAST units or more, so it holds a short gram
                 continue
@@ -199,7 +233,7 @@ class _Index:
             now = {number: before.get(number, length - 1) + 1 for number in by_gram.get(gram, ())}
             for number, run in now.items():
                 item = self.items[number]
-                if run > item.run:
+                if item.judged and run > item.run:
                     item.run, item.run_place = min(run, item.units), place
             before = now
 
