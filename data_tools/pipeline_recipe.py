@@ -1,0 +1,396 @@
+"""Recipes: a TOML list of stages, which are commands over files. Read and checked here; nothing is run.
+
+    name = "quickstart"                         # letters, digits, _ and -
+    work = "runs/recipes/quickstart"            # where outputs go (this is the default); may name settings
+
+    [settings]                                  # what --set changes: a text, number, true/false or list
+    model = "models/SmolLM2-135M-Instruct"
+    data = ""
+    sampler = ["--temperature", "1.0"]
+
+    [required]                                  # what is said where such a setting is empty or its file is not there
+    data = "questions with id, question, gold; published at ..."
+
+    [loops.round]
+    times = 3                                   # at most so many turns, from 1
+    stop_when = "{work}/round{round}/state"     # ends after the turn that left this file empty or beginning with "stop"
+    [loops.round.carry.policy]                  # a placeholder {policy}: one value in turn 1, another one later
+    first = "{model}"
+    then = "{work}/round{previous}/train/export"
+
+    [[stage]]
+    name = "sample"
+    each = "round"                              # or ["round", "turn"]: the inner loop in each turn of the outer
+    command = ["{python}", "-m", "eval.sample", "--model", "{policy}", "--prompts", "{data}", "--n", "4",
+               "{sampler}", "--out", "{work}/round{round}/samples.jsonl"]
+    inputs = ["{data}", "{policy}"]             # files or folders that it reads
+    outputs = ["{work}/round{round}/samples.jsonl"]   # files or folders that it makes, in {work}
+    appends = true                              # it goes on by itself with what is there, and adds to it
+    calls = { prompts = "{data}", n = 4, max_tokens = 256, model = "{policy}" }   # for the plan
+    when = "model"                              # only if this setting is not empty, false or 0; `unless`: only if it is
+
+Placeholders: the settings, {work}, {recipe} (the recipe's folder), {python} (this interpreter); in a loop also {round}
+and {previous} (the turn before; 0 in the first, {previous_round} says of which loop), {each_round} (the text once for
+every turn up to this one) and what it carries; after the loop {last_round} (the last turn, 0 if there was none),
+{each_round} and what the next turn would have been carried. A list stands alone as "{name}" and becomes its items.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from data_tools.errors import UserError
+from data_tools.placeholders import fill, names_in
+
+Setting = str | int | float | bool | list[str]
+
+RECIPE_KEYS = ("name", "about", "work", "settings", "required", "loops", "stage")
+LOOP_KEYS = ("times", "stop_when", "carry")
+CARRY_KEYS = ("first", "then")
+STAGE_KEYS = ("name", "about", "command", "inputs", "outputs", "appends", "calls", "each", "when", "unless")
+CALL_KEYS = ("prompts", "n", "max_tokens", "model", "samples")
+OWN_NAMES = ("work", "recipe", "python", "previous")
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+WORD = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """What a stage asks of a model: so many samples of each row of `prompts`. Texts may hold placeholders."""
+
+    prompts: str
+    n: str = "1"
+    max_tokens: str | None = None
+    model: str | None = None
+    samples: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A [[stage]] as written; placeholders are not filled in."""
+
+    name: str
+    command: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    appends: bool = False
+    calls: Calls | None = None
+    each: tuple[str, ...] = ()
+    about: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """A [loops.name]; carry: name to (value in the first turn, value in later ones)."""
+
+    name: str
+    times: str
+    stop_when: str | None = None
+    carry: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Stages that stand together; loop None: the whole recipe."""
+
+    loop: Loop | None
+    body: tuple["Stage | Block", ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A checked recipe with its settings decided; stages that `when` or `unless` leave out are not in `block`."""
+
+    path: Path
+    name: str
+    work: Path
+    settings: Mapping[str, Setting]
+    required: Mapping[str, str]
+    block: Block
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+
+def read_recipe(path: str | Path, sets: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; sets: `key=value` texts over its settings. Raises UserError naming table and key."""
+    path = Path(path)
+    tables = _Checked(str(path), "", _tables(path), RECIPE_KEYS)
+    name = tables.text("name", NAME)
+    tables.text("about", None, "")
+    overridden = _overrides(sets)
+    settings = _settings(path, tables, overridden)
+    required = tables.table("required")
+    for key, text in required.items():
+        if key not in settings:
+            _fail(path, "[required]", f"'{key}' is no setting; known: {', '.join(sorted(settings))}")
+        if not isinstance(text, str):
+            _fail(path, "[required]", f"'{key}': expected a text that says what is needed")
+        if settings[key] in ("", []):
+            raise UserError(f"{path}: setting '{key}' is empty: {text}; give it by --set {key}=...")
+    work_text = overridden.get("work", tables.text("work", None, f"runs/recipes/{name}"))
+    try:
+        work = Path(fill(work_text, {**texts(settings), "recipe": str(path.parent)}))
+    except KeyError as error:
+        _fail(path, "work", f"{{{error.args[0]}}} is no setting")
+    loops = {key: _loop(path, key, table) for key, table in tables.table("loops").items()}
+    block = Block(None, _blocks(path, _stages(path, tables, settings), loops, 0, set()))
+    _check_names(path, settings, loops)
+    return Recipe(path=path, name=name, work=work, settings=settings, required=required, block=block)
+
+
+def texts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a command line shows them; lists stay lists of texts."""
+    return {
+        key: str(value).lower() if isinstance(value, bool) else value if isinstance(value, list) else str(value)
+        for key, value in settings.items()
+    }
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the known name most like this one, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def _fail(path: Path, where: str, problem: str) -> NoReturn:
+    raise UserError(f"{path}: {where}: {problem}" if where else f"{path}: {problem}")
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is no TOML: {error}") from error
+
+
+class _Checked:
+    """A table whose keys are known, read by kind; every fault names the file and the table."""
+
+    def __init__(self, path: str, where: str, table: object, known: Sequence[str]) -> None:
+        self._path, self._where = Path(path), where
+        if not isinstance(table, dict):
+            _fail(self._path, where, "expected a table")
+        for key in table:
+            if key not in known:
+                self.fail(f"'{key}' is not known{nearest(key, known)}; known: {', '.join(known)}")
+        self._table: dict[str, Any] = table
+
+    def fail(self, problem: str) -> NoReturn:
+        _fail(self._path, self._where, problem)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._table
+
+    def text(self, key: str, pattern: re.Pattern[str] | None = None, default: str | None = None) -> str:
+        """A string; one without default must be there and not be empty."""
+        value = self._table.get(key, default)
+        if value is None:
+            self.fail(f"'{key}' is missing")
+        if not isinstance(value, str) or (default is None and not value):
+            self.fail(f"'{key}': expected a text")
+        if pattern and not pattern.fullmatch(value):
+            self.fail(f"'{key}': '{value}' has other characters than letters, digits, _ and -")
+        return value
+
+    def optional(self, key: str) -> str | None:
+        return self.text(key) if key in self else None
+
+    def count(self, key: str, default: str | None = None) -> str | None:
+        """A whole number, or a text (a placeholder) that becomes one."""
+        value = self._table.get(key, default)
+        if value is None or isinstance(value, str):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            self.fail(f"'{key}': expected a whole number or a placeholder, got {value!r}")
+        return str(value)
+
+    def texts(self, key: str, *, single: bool = False) -> tuple[str, ...]:
+        value = self._table.get(key, [])
+        if single and isinstance(value, str):
+            return (value,)
+        if not isinstance(value, list) or not all(isinstance(own, str) and own for own in value):
+            self.fail(f"'{key}': expected a list of texts")
+        return tuple(value)
+
+    def flag(self, key: str) -> bool:
+        value = self._table.get(key, False)
+        if not isinstance(value, bool):
+            self.fail(f"'{key}': expected true or false")
+        return value
+
+    def table(self, key: str) -> dict[str, Any]:
+        value = self._table.get(key, {})
+        if not isinstance(value, dict):
+            self.fail(f"'{key}': expected a table")
+        return value
+
+    def get(self, key: str) -> Any:
+        return self._table.get(key)
+
+
+def _overrides(sets: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: expected key=value")
+        found[key.strip()] = value
+    return found
+
+
+def _settings(path: Path, tables: _Checked, overridden: Mapping[str, str]) -> dict[str, Setting]:
+    """The recipe's, with {recipe} filled in, and what --set says over them."""
+    settings: dict[str, Setting] = {}
+    for key, value in tables.table("settings").items():
+        if not WORD.fullmatch(key):
+            _fail(path, "[settings]", f"'{key}': a name has letters, digits and _")
+        is_list = isinstance(value, list) and all(isinstance(own, str) for own in value)
+        if not is_list and not isinstance(value, str | int | float | bool):
+            _fail(path, "[settings]", f"'{key}': expected a text, a number, true, false or a list of texts")
+        folder = str(path.parent)
+        settings[key] = value.replace("{recipe}", folder) if isinstance(value, str) else value
+        if isinstance(value, list):
+            settings[key] = [own.replace("{recipe}", folder) for own in value]
+    for key, text in overridden.items():
+        if key == "work":
+            continue
+        if key not in settings:
+            raise UserError(f"--set {key}: no such setting{nearest(key, settings)}; known: work, {', '.join(settings)}")
+        settings[key] = _parsed(key, text, settings[key])
+    return settings
+
+
+def _parsed(key: str, text: str, default: Setting) -> Setting:
+    """A text of --set as the kind that the recipe's own value has."""
+    if isinstance(default, str):
+        return text
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        value = None
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    texts_only = not isinstance(value, list) or all(isinstance(own, str) for own in value)
+    if type(value) is not type(default) or not texts_only:
+        kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(type(default), '["a", "b"]')
+        raise UserError(f"--set {key}={text}: expected {kind}, as in the recipe ({default!r})")
+    return value
+
+
+def _loop(path: Path, name: str, table: object) -> Loop:
+    where = f"[loops.{name}]"
+    if not WORD.fullmatch(name):
+        _fail(path, where, "a name has letters, digits and _")
+    own = _Checked(str(path), where, table, LOOP_KEYS)
+    times = own.count("times")
+    if times is None:
+        own.fail("'times' is missing")
+    carry = {}
+    for key, value in own.table("carry").items():
+        one = _Checked(str(path), f"[loops.{name}.carry.{key}]", value, CARRY_KEYS)
+        carry[key] = (one.text("first"), one.text("then"))
+    stop_when = own.optional("stop_when")
+    if stop_when is not None and name not in names_in(stop_when):
+        own.fail(f"'stop_when' must hold {{{name}}}: a file of each turn, so that a second run stops at the same one")
+    return Loop(name=name, times=times, stop_when=stop_when, carry=carry)
+
+
+def _stages(path: Path, tables: _Checked, settings: Mapping[str, Setting]) -> list[Stage]:
+    """Those that take part; all are checked."""
+    rows = tables.get("stage")
+    if not isinstance(rows, list) or not rows:
+        _fail(path, "[[stage]]", "a recipe has at least one")
+    found: dict[str, Stage] = {}
+    taking_part = []
+    for number, row in enumerate(rows, start=1):
+        name = row.get("name") if isinstance(row, dict) else None
+        where = f"stage '{name}'" if isinstance(name, str) else f"stage {number}"
+        own = _Checked(str(path), where, row, STAGE_KEYS)
+        stage = _stage(own, path, where)
+        if stage.name in found:
+            own.fail("another stage has this name")
+        found[stage.name] = stage
+        if all(_is_on(own, key, settings) == (key == "when") for key in ("when", "unless") if key in own):
+            taking_part.append(stage)
+    if not taking_part:
+        _fail(path, "[[stage]]", "the settings leave out every stage")
+    return taking_part
+
+
+def _stage(own: _Checked, path: Path, where: str) -> Stage:
+    command, outputs = own.texts("command"), own.texts("outputs")
+    if not command or not outputs:
+        own.fail(f"'{'outputs' if command else 'command'}' is missing")
+    calls = None
+    if "calls" in own:
+        table = _Checked(str(path), f"{where}: calls", own.get("calls"), CALL_KEYS)
+        calls = Calls(
+            prompts=table.text("prompts"),
+            n=table.count("n", "1") or "1",
+            max_tokens=table.count("max_tokens"),
+            model=table.optional("model"),
+            samples=table.optional("samples"),
+        )
+    return Stage(
+        name=own.text("name", NAME),
+        about=own.text("about", None, ""),
+        command=command,
+        inputs=own.texts("inputs"),
+        outputs=outputs,
+        appends=own.flag("appends"),
+        calls=calls,
+        each=own.texts("each", single=True),
+    )
+
+
+def _is_on(own: _Checked, key: str, settings: Mapping[str, Setting]) -> bool:
+    name = own.text(key)
+    if name not in settings:
+        own.fail(f"'{key}': '{name}' is no setting{nearest(name, settings)}")
+    return settings[name] not in ("", [], False, 0)
+
+
+def _blocks(
+    path: Path, stages: Sequence[Stage], loops: Mapping[str, Loop], depth: int, seen: set[str]
+) -> tuple[Stage | Block, ...]:
+    """Stages of one loop, standing together, become a block."""
+    body: list[Stage | Block] = []
+    rest = list(stages)
+    while rest:
+        stage = rest[0]
+        if len(stage.each) == depth:
+            body.append(rest.pop(0))
+            continue
+        name = stage.each[depth]
+        if name not in loops:
+            _fail(path, f"stage '{stage.name}'", f"each: there is no [loops.{name}]{nearest(name, loops)}")
+        if name in seen:
+            _fail(path, f"stage '{stage.name}'", f"the stages of loop '{name}' do not stand together")
+        seen.add(name)
+        turn = []
+        while rest and rest[0].each[: depth + 1] == stage.each[: depth + 1]:
+            turn.append(rest.pop(0))
+        body.append(Block(loops[name], _blocks(path, turn, loops, depth + 1, seen)))
+    return tuple(body)
+
+
+def _check_names(path: Path, settings: Mapping[str, Setting], loops: Mapping[str, Loop]) -> None:
+    """No two meanings for one placeholder."""
+    taken = {name: "Logratio's own" for name in OWN_NAMES}
+    for loop in loops.values():
+        own = [loop.name, *(f"{word}_{loop.name}" for word in ("previous", "last", "each")), *loop.carry]
+        for name in own:
+            if name in taken:
+                _fail(path, f"[loops.{loop.name}]", f"{{{name}}} is {taken[name]} already; take another name")
+            taken[name] = f"of [loops.{loop.name}]"
+    for name in settings:
+        if name in taken:
+            _fail(path, "[settings]", f"{{{name}}} is {taken[name]}; take another name")
