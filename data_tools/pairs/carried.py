@@ -72,7 +72,7 @@ def first_of(answer: Answer) -> FirstAnswer:
         id=answer.id,
         sample=sample.sample,
         prompt=answer.prompt,
-        text=sample.text,
+        text=answer.prefix + sample.text,
         verdict=answer.verdict,
         made_by=made_by(sample),
     )
