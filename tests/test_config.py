@@ -136,7 +136,10 @@ BAD_ARGUMENTS = [
     ("--data.train=a.jsonl,,b.jsonl", "data.train = : expected text"),
     ('--data.train=["a.jsonl"', 'data.train = ["a.jsonl": starts like a list but is none'),
     ("--data.train=[]", "data.train = : must name at least one file"),
-    ("--train.objective=dp0", "train.objective = dp0: expected dpo | orpo | simpo | cpo | sft; did you mean dpo?"),
+    (
+        "--train.objective=dp0",
+        "train.objective = dp0: expected dpo | orpo | simpo | cpo | sft | prm; did you mean dpo?",
+    ),
     ("--train.dtype=fp32", "train.dtype = fp32: expected float32 | bf16 | pure_bf16; did you mean"),
     ("--loss.f_divergence=reverse_k", "did you mean reverse_kl?"),
     # out of range
@@ -181,6 +184,9 @@ BAD_ARGUMENTS = [
     ("--train.objective=simpo --loss.ld_alpha=0.5", "loss.ld_alpha = 0.5: is not used by train.objective = simpo"),
     ("--train.objective=cpo --loss.loss_type=aot", "loss.loss_type = aot: train.objective = cpo takes one of"),
     ("--train.objective=cpo --loss.loss_type=ipo --loss.label_smoothing=0.1", "loss.label_smoothing = 0.1: train.obj"),
+    ("--prm.labels=soft", "prm.labels = soft: is only used by train.objective = prm; leave it out"),
+    ("--train.objective=prm --prm.outcome=last", "prm.outcome = last: only used with prm.labels = outcome"),
+    ("--train.objective=prm --loss.beta=0.2", "loss.beta = 0.2: is not used by train.objective = prm"),
     ("--train.objective=orpo --reference.path=R", "reference.path = R: train.objective = orpo has no reference"),
     ("--eval.every=10", "eval.every = 10: needs data.eval"),
     # adapters and quantised bases
@@ -263,7 +269,7 @@ def test_bad_file_gives_one_line(tmp_path: Path, text: str, message: str) -> Non
 
 def test_missing_file_names_the_shipped_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"no.toml: no such file; trainer/configs/ has dpo, lora, orpo, quickstart, sft, simpo"
+        UserError, match=r"no.toml: no such file; trainer/configs/ has dpo, lora, orpo, prm, quickstart, sft, simpo"
     ):
         load_config([str(tmp_path / "no.toml")])
 
@@ -330,11 +336,14 @@ def test_every_key_survives_toml_with_a_value_that_is_not_its_default() -> None:
     }  # fmt: skip
     not_for_dpo = {"orpo_nll", "simpo_gamma", "cpo_alpha"}
     not_for_these = {"quantise", "gguf", "dropout"}  # exclude others above
+    of_prm = {"labels": "outcome", "loss": "mse", "outcome": "last", "separator": "<s>", "aggregation": "min"}
     known = {name for section in SECTIONS for name in to_tables(from_tables(tables))[section]}
-    assert known == not_for_dpo | not_for_these | {name for table in tables.values() for name in table}
-    config = from_tables(tables)
-    assert parse_toml(to_toml(config), "config.toml") == config
-    assert from_tables(to_tables(config)) == config
+    others = not_for_dpo | not_for_these | of_prm.keys()
+    assert known == others | {name for table in tables.values() for name in table}
+    prm = {"model": {"path": "M"}, "data": {"train": "a"}, "train": {"objective": "prm"}, "prm": of_prm}
+    for config in (from_tables(tables), from_tables(prm)):
+        assert parse_toml(to_toml(config), "config.toml") == config
+        assert from_tables(to_tables(config)) == config
 
 
 @given(

@@ -22,6 +22,7 @@ from trainer.errors import ConfigError
 from trainer.lora import ALL_LINEAR, LoraSettings
 from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import INDEX_FILE, SINGLE_FILE, load_decoder, weight_files
+from trainer.prm import PrmTable
 from trainer.reference_cache import weights_digest
 from trainer.run_folder import ADAPTER, EXPORT
 
@@ -103,6 +104,7 @@ def load_start(
     model = load_decoder(config.model.path, dtype=dtype, wrap=prepare, weights=weights if packed else None)
     if config.lora.adapter is not None:
         lora_files.load_adapter(model, config.lora.adapter)
+        lora_files.load_head(model, config.lora.adapter)
     elif settings is not None:
         lora.init_new(model, config.train.seed)
     return model if train else model.requires_grad_(False)
@@ -158,15 +160,18 @@ def merged_bytes(config: Config) -> int:
 
 def write_results(config: Config, model: Decoder, named_masters: list[tuple[str, Tensor]], folder: Path) -> list[Path]:
     """`adapter/` and, where asked for, the merged `export/` in the run's folder; what was written. Every rank calls it.
-    Raises RunError on every rank when the disk refuses."""
+    A reward head goes along. Raises RunError on every rank when the disk refuses."""
     settings = lora.lora_layers(model)[0].settings
     if settings.use_dora:  # a finished run that only writes has had no forward pass, which notes the base's row lengths
         with torch.no_grad():
             model(idle_stream().to(dist.choose_device(config.run.device)))
     adapter = lora_files.gather_adapter(model, named_masters)
+    head = lora_files.NO_HEAD
+    if config.train.objective == "prm":
+        head = lora_files.RewardHead(lora_files.gather_head(named_masters), PrmTable.of(config.prm).as_json())
     written = [folder / ADAPTER]
-    lora_files.save_adapter(adapter, written[0], model, dropout=config.lora.dropout, base=config.model.path)
+    lora_files.save_adapter(adapter, written[0], model, dropout=config.lora.dropout, base=config.model.path, head=head)
     if config.lora.merge and config.run.export:
         written.append(folder / EXPORT)
-        lora_files.export_merged(adapter, settings, source=config.model.path, folder=written[1])
+        lora_files.export_merged(adapter, settings, source=config.model.path, folder=written[1], head=head)
     return written

@@ -36,6 +36,7 @@ class Stream:
     score_targets: (N,) int64, the scored tokens. score_segments: (N,) int64, the segment that owns each.
     score_ranks: (N,) int64, 0, 1, 2, ... within its segment.
     segment_tokens: (S,) int64, scored tokens a segment. branches: segments of each group, in order.
+    labels: (N, 4) float32, a StepLabel of each scored token; None where the data has none.
     """
 
     tokens: Tensor
@@ -46,6 +47,7 @@ class Stream:
     score_ranks: Tensor
     segment_tokens: Tensor
     layout: tuple[GroupLayout, ...]
+    labels: Tensor | None = None
 
     @property
     def num_segments(self) -> int:
@@ -57,8 +59,11 @@ class Stream:
         return Stream(layout=self.layout, **tensors)
 
 
-def build_stream(groups: Sequence[Group], *, score_prompt: bool = False) -> Stream:
+def build_stream(groups: Sequence[Group], *, score_prompt: bool = False, at_tokens: bool = False) -> Stream:
     """Concatenate groups into a stream on the CPU.
+
+    `at_tokens`: score_index points at the scored tokens themselves, for what is said of them and not what predicts
+    them (process rewards), labels come along, and none is left out. Else:
 
     The first token of *every* branch is predicted by the last prompt token. A token that nothing predicts (the very
     first one of a group, when it is to be scored) is left out. `score_prompt`: score the prompt's tokens as well.
@@ -75,7 +80,9 @@ def build_stream(groups: Sequence[Group], *, score_prompt: bool = False) -> Stre
             positions.append(np.arange(first, first + length))
             spans = ((0, length),) if score_prompt and branch == 0 else group.spans[branch]
             own = np.concatenate([np.arange(a, b) for a, b in spans]) if spans else np.empty(0, dtype=np.int64)
-            before = np.where(own > 0, offset + own - 1, prompt_length - 1 if branch else -1)
+            before = offset + own
+            if not at_tokens:
+                before = np.where(own > 0, before - 1, prompt_length - 1 if branch else -1)
             own, before = own[before >= 0], before[before >= 0]
             index.append(start + before)
             targets.append(ids[offset + own])
@@ -87,7 +94,13 @@ def build_stream(groups: Sequence[Group], *, score_prompt: bool = False) -> Stre
         start += offset
     parts = (tokens, positions, index, targets, segments, ranks)
     joined = [torch.from_numpy(np.concatenate(part).astype(np.int64)) for part in parts]
-    return Stream(*joined, segment_tokens=torch.tensor(counts, dtype=torch.int64), layout=tuple(layout))
+    labels = [label for group in groups for own in group.labels for label in own] if at_tokens else []
+    return Stream(
+        *joined,
+        segment_tokens=torch.tensor(counts, dtype=torch.int64),
+        layout=tuple(layout),
+        labels=torch.tensor(labels, dtype=torch.float32) if labels else None,
+    )
 
 
 def scored_tokens(group: Group, *, score_prompt: bool) -> int:

@@ -31,6 +31,7 @@ LOSS_KEYS = {
     "simpo": {"beta", "simpo_gamma", "label_smoothing"},
     "cpo": {"beta", "cpo_alpha", "loss_type", "label_smoothing"},
     "sft": set(),
+    "prm": set(),
 }  # fmt: skip
 """The keys of [loss] that each objective uses; setting another one is an error, not silence."""
 
@@ -131,7 +132,7 @@ class LoraConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Files of pairs (or of single answers for sft) and how they become tokens."""
+    """Files of pairs (of single answers for sft, of labelled steps for prm) and how they become tokens."""
 
     section = "data"
 
@@ -163,10 +164,10 @@ class TrainConfig(Section):
 
     section = "train"
 
-    objective: Literal["dpo", "orpo", "simpo", "cpo", "sft"] = "dpo"
-    """The training objective; dpo has variants, see loss.loss_type."""
+    objective: Literal["dpo", "orpo", "simpo", "cpo", "sft", "prm"] = "dpo"
+    """The training objective; dpo has variants, see loss.loss_type; prm trains a process reward model, see [prm]."""
     global_batch: int = 8
-    """Pairs (rows for sft) of one optimizer step, over all ranks and micro-batches."""
+    """Pairs (rows for sft and prm) of one optimizer step, over all ranks and micro-batches."""
     tokens_per_microbatch: int = 4096
     """Most tokens of one forward pass on one rank; lower it when memory runs out, the result stays the same."""
     max_steps: int | None = None
@@ -259,6 +260,29 @@ class LossConfig(Section):
         self.require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "ld_alpha", "must be from 0 to 1")
         self.require(0 < self.discopop_tau <= 1, "discopop_tau", "must be above 0 and at most 1")
         self.require_at_least(0, "simpo_gamma", "cpo_alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrmConfig(Section):
+    """Process reward models (train.objective = prm): how right each step of an answer is (docs/prm.md)."""
+
+    section = "prm"
+
+    labels: Literal["hard", "soft", "outcome"] = "hard"
+    """What is learnt of a step: hard, 0 or 1; soft, a share; outcome, is the whole answer right: the control."""
+    loss: Literal["bce", "mse"] = "bce"
+    """bce: cross-entropy, also with shares as targets; mse: squared error of the probability."""
+    outcome: Literal["every", "last"] = "every"
+    """With prm.labels = outcome: which steps carry the label."""
+    separator: str | None = None
+    """Text or special token put behind each step, where the step is then read; none: at the step's own last token."""
+    aggregation: Literal["mean", "min", "last", "product"] = "mean"
+    """How a score of an answer is made of those of its steps, unless eval.prm is told otherwise."""
+
+    def check(self) -> None:
+        default = section_defaults(PrmConfig)["outcome"]
+        used = self.labels == "outcome" or self.outcome == default
+        self.require(used, "outcome", "only used with prm.labels = outcome; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,6 +413,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     loss: LossConfig = LossConfig()
+    prm: PrmConfig = PrmConfig()
     reference: ReferenceConfig = ReferenceConfig()
     kernels: KernelsConfig = KernelsConfig()
     eval: EvalConfig = EvalConfig()
@@ -401,6 +426,9 @@ class Config:
         for name, default in section_defaults(LossConfig).items():
             used = name in LOSS_KEYS[objective] or getattr(self.loss, name) == default
             self.loss.require(used, name, f"is not used by train.objective = {objective}; leave it out")
+        for name, default in section_defaults(PrmConfig).items():
+            used = objective == "prm" or getattr(self.prm, name) == default
+            self.prm.require(used, name, "is only used by train.objective = prm; leave it out")
         if objective == "dpo":
             self._check_dpo()
         if objective == "cpo":

@@ -18,8 +18,7 @@ from trainer.config import Config
 from trainer.loader import Loader
 from trainer.memory_plan import MemoryPlan, Work, plan_memory
 from trainer.models.config import ModelConfig
-from trainer.objective import Objective
-from trainer.startup import attention_form, open_data, say
+from trainer.startup import attention_form, make_objective, open_data, say
 
 SURVEYED_STEPS = 200
 WORLD_SIZES = (1, 2, 4, 8)
@@ -62,7 +61,7 @@ def survey(config: Config, shard: Shard, world_size: int, *, held_out_rows: int 
     """The largest micro-batch of the first steps on any rank, and the size of the reference cache."""
     loader = Loader(shard, config.train.global_batch, config.train.tokens_per_microbatch, config.train.seed)
     total_steps = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
-    score_prompt = Objective(config.train.objective, config.loss).scores_prompt
+    score_prompt = make_objective(config).scores_prompt
     largest, scored_of = Work(0, 0, 0), {}
     for step in range(min(total_steps, SURVEYED_STEPS)):
         indices = loader.step_indices(step)

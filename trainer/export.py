@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,8 +17,9 @@ from torch import Tensor
 from trainer import dist
 from trainer.checkpoint import make_empty, refusal, replace_folder
 from trainer.errors import ModelError, RunError
-from trainer.models.hf_weights import INDEX_FILE, SINGLE_FILE, hf_name, weight_files
+from trainer.models.hf_weights import INDEX_FILE, REWARD_HEAD, SINGLE_FILE, hf_name, weight_files
 from trainer.parts import Part, parts_of
+from trainer.prm import TABLE
 from trainer.tensor_files import DTYPES, Entry, SafetensorsWriter, widest_first
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -25,11 +27,18 @@ COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NO
 """Files of the starting model that go along; its weights and their index do not."""
 
 
-def export(named_tensors: Iterable[tuple[str, Tensor]], *, source: str | Path, folder: Path) -> None:
+def export(
+    named_tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: str | Path,
+    folder: Path,
+    table: dict[str, Any] | None = None,
+) -> None:
     """Write `folder`, whole or not at all: each weight in the dtype `source` stores it in, its config and tokenizer.
 
-    named_tensors: decoder names with float32 (or bf16) tensors, on every rank, sharded or not. Raises RunError on every
-    rank when the disk refuses, ModelError where `planned_entries` does.
+    named_tensors: decoder names with float32 (or bf16) tensors, on every rank, sharded or not. table: what config.json
+    says of the reward head among them (trainer.prm). Raises RunError on every rank when the disk refuses, ModelError
+    where `planned_entries` does.
     """
     parts = {part.name: part for part in parts_of((hf_name(name), tensor) for name, tensor in named_tensors)}
     entries = planned_entries(parts.values(), source)
@@ -37,7 +46,7 @@ def export(named_tensors: Iterable[tuple[str, Tensor]], *, source: str | Path, f
     problem = None
     if dist.is_main():
         temporary = folder.with_name(folder.name + ".tmp")
-        problem = refusal(lambda: write_model(temporary, folder, Path(source), entries, tensors))
+        problem = refusal(lambda: write_model(temporary, folder, Path(source), entries, tensors, table))
         if problem is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     for _ in tensors:  # what the others send: all of it on these ranks, the rest of it where the disk refused
@@ -48,12 +57,16 @@ def export(named_tensors: Iterable[tuple[str, Tensor]], *, source: str | Path, f
 
 
 def planned_entries(parts: Iterable[Part], source: str | Path) -> list[Entry]:
-    """The tensors that an export will hold, in the order of its files, with the dtypes in `source`.
+    """The tensors that an export will hold, in the order of its files, with the dtypes in `source`; a reward head in
+    float32, whether `source` has one or not.
 
     Called before training, too: raises ModelError unless names and shapes are those of the folder the model came from.
     """
     stored, entries = {name: header[:2] for name, header in headers(source).items()}, []
     for part in parts:
+        if part.name.startswith(REWARD_HEAD):
+            entries.append(Entry(part.name, torch.float32, part.shape))
+            continue
         if part.name not in stored:
             raise ModelError(source, f"has no tensor {part.name!r}, which this model would export; use matching files")
         shape, dtype = stored.pop(part.name)
@@ -61,8 +74,9 @@ def planned_entries(parts: Iterable[Part], source: str | Path) -> list[Entry]:
             problem = f"tensor {part.name!r} is {shape} {dtype}, this model would export {part.shape}"
             raise ModelError(source, f"{problem}; use matching files")
         entries.append(Entry(part.name, dtype, shape))
-    # a tied head stored twice, or a constant that old exports carry
-    left = [name for name in stored if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
+    # a tied head stored twice, a constant that old exports carry, a reward head that the trained weights have left
+    known = ("lm_head.weight", REWARD_HEAD)
+    left = [name for name in stored if not name.startswith(known) and not name.endswith("rotary_emb.inv_freq")]
     if left:
         raise ModelError(source, f"tensor {left[0]!r} would be missing from the export; use matching files")
     return widest_first(entries)
@@ -91,7 +105,12 @@ def whole_tensors(parts: dict[str, Part], entries: list[Entry]) -> Iterator[Tens
 
 
 def write_model(
-    temporary: Path, folder: Path, source: Path, entries: list[Entry], tensors: Iterator[Tensor | None]
+    temporary: Path,
+    folder: Path,
+    source: Path,
+    entries: list[Entry],
+    tensors: Iterator[Tensor | None],
+    table: dict[str, Any] | None = None,
 ) -> None:
     """Rank 0's part of an export: `tensors` in the order of `entries`, the other files of `source`. Raises OSError."""
     make_empty(temporary)
@@ -99,6 +118,7 @@ def write_model(
         for path in source.glob(pattern):
             if path.name != INDEX_FILE:
                 shutil.copyfile(path, temporary / path.name)
+    _say_of_head(temporary / "config.json", table)
     weight_map = {}
     files = _cut(entries)
     for number, own in enumerate(files, start=1):
@@ -112,6 +132,16 @@ def write_model(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (temporary / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
     replace_folder(temporary, folder)
+
+
+def _say_of_head(path: Path, table: dict[str, Any] | None) -> None:
+    """Put the reward head's table into config.json, or take away that of a head that is gone."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if content.get(TABLE) == table:
+        return
+    content.pop(TABLE, None)
+    content |= {} if table is None else {TABLE: table}
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _cut(entries: list[Entry]) -> list[list[Entry]]:

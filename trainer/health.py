@@ -28,7 +28,7 @@ class Health:
 
     def shown(self, row: dict[str, float]) -> list[str]:
         """Names of the metrics worth a place in the progress bar."""
-        return [name for name in ("loss", "rewards/accuracies", "rewards/margins") if name in row]
+        return [name for name in ("loss", "rewards/accuracies", "rewards/margins", "step_accuracy") if name in row]
 
     def _is_new(self, key: str) -> bool:
         new = key not in self._named

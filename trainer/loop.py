@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data_tools.encode import Group
 from trainer import adapt, checkpoint, dist
-from trainer.batch import Stream, build_stream, idle_stream
+from trainer.batch import Stream, idle_stream
 from trainer.config import Config
 from trainer.errors import RunError, TrainingStopped
 from trainer.export import export
@@ -26,8 +26,9 @@ from trainer.lora import Dropout
 from trainer.metrics import MetricsWriter, peak_memory_mib
 from trainer.models.decoder import Decoder
 from trainer.numerics import COMPUTE_DTYPES, STEP0_TOLERANCE
-from trainer.objective import Counts, Objective, group_weights
+from trainer.objective import Counts, Objective, Terms, group_weights
 from trainer.optim import AdamW, MasterWeights, clip_by_global_norm, learning_rate_at
+from trainer.prm import PrmTable, ProcessObjective, step_auc
 from trainer.reference_cache import ReferenceCache
 from trainer.run_folder import EXPORT
 from trainer.saver import Saver
@@ -42,7 +43,7 @@ class Run:
     model: Decoder
     masters: MasterWeights
     optimizer: AdamW
-    objective: Objective
+    objective: Objective | ProcessObjective
     loader: Loader
     eval_groups: Sequence[Group]
     cache: ReferenceCache | None
@@ -75,6 +76,11 @@ class Run:
             return checkpoint.Writers(0 if dist.is_main() else None)
         count = dist.world_size() // self.config.dist.replicas
         return checkpoint.Writers(dist.rank() if dist.rank() < count else None, count)
+
+    def weights(self) -> list[tuple[str, Tensor]]:
+        """Every weight of a model without adapters: masters, and what is not trained beside a reward head."""
+        trained = dict(self.masters.named())
+        return [(name, trained.get(name, own)) for name, own in self.model.named_parameters()]
 
     def sum_over_shards(self, value: float) -> float:
         """Each rank's `value`, summed over the ranks that hold one copy of a sharded model between them."""
@@ -148,7 +154,7 @@ def train_step(run: Run) -> dict[str, float] | None:
     done = _forward_and_backward(run, indices)
     if done is None:
         return None
-    sums, bad_rows = done
+    sums, bad_rows, steps = done
     run.masters.finish_backward()
     if run.masters.sharded:
         norm = clip_by_global_norm(run.masters.masters, config.max_grad_norm, total=run.sum_over_shards)
@@ -158,6 +164,8 @@ def train_step(run: Run) -> dict[str, float] | None:
     seconds = time.perf_counter() - started
     totals = dist.sum_over_ranks(sums | {"stop": run.stop.asked(), "seconds": seconds})
     run.stop.agreed, run.step_s = totals.pop("stop") > 0, totals.pop("seconds") / dist.world_size()
+    if run.objective.compares_steps:
+        totals |= step_auc(dist.gather_objects(steps))
     if not (math.isfinite(norm) and math.isfinite(totals["loss"])):
         _stop_for_non_finite(run, norm, totals["loss"], bad_rows, indices)
     run.optimizer.lr = learning_rate
@@ -181,12 +189,15 @@ def train_step(run: Run) -> dict[str, float] | None:
     }
 
 
-def _forward_and_backward(run: Run, indices: Sequence[int]) -> tuple[dict[str, float], list[str]] | None:
-    """The micro-batches of a step on this rank: its metric sums, with its `tokens`, and the rows with non-finite
-    numbers. None where the ranks agreed to stop (`train_step`)."""
+def _forward_and_backward(
+    run: Run, indices: Sequence[int]
+) -> tuple[dict[str, float], list[str], list[tuple[float, float]]] | None:
+    """The micro-batches of a step on this rank: its metric sums, with its `tokens`, the rows with non-finite numbers,
+    and what is known of single steps (`Terms.steps`). None where the ranks agreed to stop (`train_step`)."""
     counts = run.objective.count(run.loader.shard[int(index)] for index in indices)
     sums: dict[str, float] = {"tokens": 0.0}
     bad_rows: list[str] = []
+    steps: list[tuple[float, float]] = []
     mismatch = None
     micro_batches = run.loader.micro_batches(indices)
     for number, members in enumerate(micro_batches):
@@ -204,22 +215,30 @@ def _forward_and_backward(run: Run, indices: Sequence[int]) -> tuple[dict[str, f
             _idle_micro_batch(run, check_start=check_start)
         else:
             groups = [run.loader.shard[index] for index in members]
-            part, own_bad_rows, mismatch = _micro_batch(run, groups, counts, check_start=check_start)
+            terms, own_bad_rows, mismatch = _micro_batch(run, groups, counts, check_start=check_start)
             bad_rows += own_bad_rows
-            for name, value in (part | {"tokens": sum(len(group.ids) for group in groups)}).items():
-                sums[name] = sums.get(name, 0.0) + value
+            add_up(terms, sums, steps)
+            sums["tokens"] += sum(len(group.ids) for group in groups)
         if check_start and (failure := dist.first_failure(mismatch)) is not None:
             raise RunError(run.cache.path if run.cache is not None else run.folder, failure)
-    return sums, bad_rows
+    return sums, bad_rows, steps
+
+
+def add_up(terms: Terms, sums: dict[str, float], steps: list[tuple[float, float]]) -> None:
+    """A micro-batch's metrics onto those of the ones before it."""
+    for name, value in terms.sums.items():
+        sums[name] = sums.get(name, 0.0) + value.item()
+    if terms.steps is not None:
+        steps += map(tuple, terms.steps.tolist())
 
 
 def _micro_batch(
     run: Run, groups: list[Group], counts: Counts, *, check_start: bool
-) -> tuple[dict[str, float], list[str], str | None]:
-    """Forward, loss and backward of one micro-batch: its metric sums, the rows with non-finite numbers and, where
+) -> tuple[Terms, list[str], str | None]:
+    """Forward, loss and backward of one micro-batch: its terms, the rows with non-finite numbers and, where
     `check_start` asks, what `unlike_reference` finds."""
-    stream = build_stream(groups, score_prompt=run.objective.scores_prompt).to(run.device)
-    token_logps = run.model(stream)
+    stream = run.objective.stream(groups).to(run.device)
+    token_logps = run.model(stream, output=run.objective.output)
     reference = run.reference_logps(groups, stream)
     message = unlike_reference(_undropped(run, stream, token_logps), reference, run) if check_start else None
     terms = run.objective.terms(token_logps, reference, stream, group_weights(groups, run.device), counts)
@@ -228,7 +247,7 @@ def _micro_batch(
         bad_rows = _rows_with_non_finite(groups, stream, token_logps.detach())
     # FSDP2 averages gradients over the ranks, and the loss is divided by the counts of all ranks already
     (terms.loss * dist.world_size() if run.masters.sharded else terms.loss).backward()
-    return {name: value.item() for name, value in terms.sums.items()}, bad_rows, message
+    return terms, bad_rows, message
 
 
 def _undropped(run: Run, stream: Stream, token_logps: Tensor) -> Tensor:
@@ -244,7 +263,7 @@ def _idle_micro_batch(run: Run, *, check_start: bool = False) -> None:
     if not run.masters.sharded:
         return
     stream = idle_stream().to(run.device)
-    loss = run.model(stream).sum() * 0.0
+    loss = run.model(stream, output=run.objective.output).sum() * 0.0
     if run.reference_model is not None:  # gathers come in the order in which the other ranks ask for them
         with torch.no_grad():
             run.reference_model(stream)
@@ -281,19 +300,19 @@ def evaluate(run: Run) -> dict[str, float]:
     counts = run.objective.count(run.eval_groups)
     mine = list(run.eval_groups)[dist.rank() :: dist.world_size()]
     sums: dict[str, float] = {}
+    steps: list[tuple[float, float]] = []
     for batch in rounds(length_sorted_batches(mine, run.config.train.tokens_per_microbatch)):
         if batch is None:
             _idle_micro_batch(run)
             continue
         groups = [mine[index] for index in batch]
-        stream = build_stream(groups, score_prompt=run.objective.scores_prompt).to(run.device)
-        token_logps = run.model(stream)
+        stream = run.objective.stream(groups).to(run.device)
+        token_logps = run.model(stream, output=run.objective.output)
         reference = run.reference_logps(groups, stream)
         weights = group_weights(groups, run.device)
-        terms = run.objective.terms(token_logps, reference, stream, weights, counts)
-        for name, value in terms.sums.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    return dist.sum_over_ranks(sums)
+        add_up(run.objective.terms(token_logps, reference, stream, weights, counts), sums, steps)
+    totals = dist.sum_over_ranks(sums)
+    return totals | step_auc(dist.gather_objects(steps)) if run.objective.compares_steps else totals
 
 
 def make_saver(run: Run) -> Saver:
@@ -322,7 +341,8 @@ def write_results(run: Run) -> list[Path]:
         if run.config.lora.enabled:
             return adapt.write_results(run.config, run.model, run.masters.named(), run.folder)
         if run.config.run.export:
-            export(run.masters.named(), source=run.config.model.path, folder=run.folder / EXPORT)
+            table = PrmTable.of(run.config.prm).as_json() if run.config.train.objective == "prm" else None
+            export(run.weights(), source=run.config.model.path, folder=run.folder / EXPORT, table=table)
             return [run.folder / EXPORT]
     except RunError as error:
         raise TrainingStopped(str(error)) from None

@@ -3,15 +3,17 @@
 Tensors are named `base_model.model.<Hugging Face layer>.lora_A.weight`, `.lora_B.weight` and, with DoRA,
 `.lora_magnitude_vector` (the lengths themselves). Read and written so by peft 0.21 (tests/test_lora_files.py holds both
 to equal logits). Settings that change what an adapter computes and that we do not have are refused by name.
+
+A reward model's head lies beside them, in reward_head.safetensors and logratio_prm.json: other loaders see an adapter.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,10 +26,13 @@ from trainer.errors import ModelError, RunError
 from trainer.export import headers, whole_tensors, write_model
 from trainer.lora import ALL_LINEAR, LoraSettings, block_linears, layer_name, lora_layers, merged_weight, put
 from trainer.models.decoder import Decoder
+from trainer.models.hf_weights import REWARD_HEAD
 from trainer.parts import parts_of
+from trainer.prm import TABLE
 from trainer.tensor_files import Entry, widest_first, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+HEAD_FILE, TABLE_FILE = "reward_head.safetensors", f"{TABLE}.json"
 PREFIX = "base_model.model."
 SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight", "lengths": ".lora_magnitude_vector"}
 
@@ -40,6 +45,17 @@ SETTINGS = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "use
 NEUTRAL = (None, False, {}, [], "none")
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Other ways to begin (pissa, olora, loftq, ...) change the base's weights as well, which an adapter's file lacks."""
+
+
+class RewardHead(NamedTuple):
+    """What goes along with an adapter of a reward model: tensors by name (on rank 0), and the table; {} and None of
+    other models."""
+
+    tensors: dict[str, Tensor]
+    table: dict[str, Any] | None
+
+
+NO_HEAD = RewardHead({}, None)
 
 
 @dataclass(frozen=True)
@@ -139,6 +155,8 @@ def adapter_digest(folder: str | Path, base_digest: str, digests: FileDigests) -
     settings = read_settings(folder)
     kind = f"lora scaling {settings.scaling!r} dora {settings.use_dora}"
     text = f"{base_digest}\n{kind}\n{digests.sha256(Path(folder) / WEIGHTS_FILE)}\n"
+    if (Path(folder) / HEAD_FILE).is_file():
+        text += f"{digests.sha256(Path(folder) / HEAD_FILE)}\n"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -171,11 +189,44 @@ def load_adapter(model: Decoder, folder: str | Path, device: torch.device | str 
             put(layer, "lora_magnitude_change", torch.zeros(layer.out_features), device)
 
 
+def read_head(folder: str | Path) -> dict[str, Tensor]:
+    """The reward head beside an adapter by tensor names, {} where there is none. Raises ModelError."""
+    path = Path(folder) / HEAD_FILE
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise ModelError(path, f"is not a whole safetensors file ({error}); copy it again") from None
+
+
+@torch.no_grad()
+def load_head(model: Decoder, folder: str | Path, device: torch.device | str = "cpu") -> None:
+    """Give the model's reward head, where it has one, the values beside an adapter, where there are any."""
+    if model.reward_head is None:
+        return
+    for name, tensor in read_head(folder).items():
+        leaf = name.removeprefix(REWARD_HEAD)
+        if getattr(model.reward_head, leaf).shape != tensor.shape:
+            raise ModelError(Path(folder) / HEAD_FILE, f"tensor {name!r} does not fit this model; use its own base")
+        put(model.reward_head, leaf, tensor, device)
+
+
+def gather_head(named_masters: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The trained reward head whole, in CPU memory, on rank 0; without values on the others. Every rank calls it."""
+    return _gather((name, tensor) for name, tensor in named_masters if name.startswith(REWARD_HEAD))
+
+
+def _gather(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    parts = {part.name: part for part in parts_of(named)}
+    entries = [Entry(part.name, part.tensor.dtype, part.shape) for part in parts.values()]
+    return dict(zip(parts, whole_tensors(parts, entries), strict=True))
+
+
 def gather_adapter(model: Decoder, named_masters: list[tuple[str, Tensor]]) -> dict[str, LayerTensors] | None:
     """The trained adapter whole, in CPU memory, on rank 0; None on the others. Every rank calls it, after a forward."""
-    parts = {part.name: part for part in parts_of(named_masters)}
-    entries = [Entry(part.name, part.tensor.dtype, part.shape) for part in parts.values()]
-    whole = dict(zip(parts, whole_tensors(parts, entries), strict=True))
+    whole = _gather((name, tensor) for name, tensor in named_masters if not name.startswith(REWARD_HEAD))
     if not dist.is_main():
         return None
     found = {}
@@ -189,7 +240,13 @@ def gather_adapter(model: Decoder, named_masters: list[tuple[str, Tensor]]) -> d
 
 
 def save_adapter(
-    adapter: dict[str, LayerTensors] | None, folder: Path, model: Decoder, *, dropout: float, base: str
+    adapter: dict[str, LayerTensors] | None,
+    folder: Path,
+    model: Decoder,
+    *,
+    dropout: float,
+    base: str,
+    head: RewardHead = NO_HEAD,
 ) -> None:
     """Write `folder`, whole or not at all. Every rank calls it, with what `gather_adapter` gave it.
 
@@ -200,7 +257,7 @@ def save_adapter(
         settings = lora_layers(model)[0].settings
         content = config_json(model, settings, dropout=dropout, base=base)
         temporary = folder.with_name(folder.name + ".tmp")
-        problem = refusal(lambda: _write(temporary, folder, content, adapter))
+        problem = refusal(lambda: _write(temporary, folder, content, adapter, head))
         if problem is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     problem = dist.broadcast_object(problem)
@@ -208,7 +265,9 @@ def save_adapter(
         raise RunError(folder, f"the adapter cannot be written ({problem}); free space and start the run again")
 
 
-def _write(temporary: Path, folder: Path, content: dict[str, Any], adapter: dict[str, LayerTensors]) -> None:
+def _write(
+    temporary: Path, folder: Path, content: dict[str, Any], adapter: dict[str, LayerTensors], head: RewardHead
+) -> None:
     make_empty(temporary)
     (temporary / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     named = {}
@@ -217,11 +276,19 @@ def _write(temporary: Path, folder: Path, content: dict[str, Any], adapter: dict
             if (tensor := getattr(own, kind)) is not None:
                 named[f"{PREFIX}{layer}{suffix}"] = tensor
     write_safetensors(temporary / WEIGHTS_FILE, named.items())
+    if head.table is not None:
+        write_safetensors(temporary / HEAD_FILE, ((name, tensor.float()) for name, tensor in head.tensors.items()))
+        (temporary / TABLE_FILE).write_text(json.dumps(head.table, indent=2) + "\n", encoding="utf-8")
     replace_folder(temporary, folder)
 
 
 def export_merged(
-    adapter: dict[str, LayerTensors] | None, settings: LoraSettings, *, source: str | Path, folder: Path
+    adapter: dict[str, LayerTensors] | None,
+    settings: LoraSettings,
+    *,
+    source: str | Path,
+    folder: Path,
+    head: RewardHead = NO_HEAD,
 ) -> None:
     """Write `folder`, whole or not at all: the Hugging Face folder `source` with the adapter worked into its weights.
 
@@ -232,9 +299,11 @@ def export_merged(
     problem = None
     entries = merged_entries(source)
     if dist.is_main():
+        added = [Entry(name, torch.float32, tuple(tensor.shape)) for name, tensor in sorted(head.tensors.items())]
+        entries = widest_first([*(entry for entry in entries if not entry.name.startswith(REWARD_HEAD)), *added])
         temporary = folder.with_name(folder.name + ".tmp")
-        tensors = _merged_tensors(entries, source, adapter, settings)
-        problem = refusal(lambda: write_model(temporary, folder, Path(source), entries, tensors))
+        tensors = _merged_tensors(entries, source, adapter, settings, head.tensors)
+        problem = refusal(lambda: write_model(temporary, folder, Path(source), entries, tensors, head.table))
         if problem is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     problem = dist.broadcast_object(problem)
@@ -258,10 +327,17 @@ def merged_entries(source: str | Path, layers: dict[str, tuple[int, ...]] | None
 
 
 def _merged_tensors(
-    entries: list[Entry], source: str | Path, adapter: dict[str, LayerTensors], settings: LoraSettings
+    entries: list[Entry],
+    source: str | Path,
+    adapter: dict[str, LayerTensors],
+    settings: LoraSettings,
+    head: dict[str, Tensor],
 ) -> Iterator[Tensor]:
     stored = headers(source)
     for entry in entries:
+        if entry.name in head:
+            yield head[entry.name]
+            continue
         with safe_open(stored[entry.name][2], framework="pt") as file:
             tensor = file.get_tensor(entry.name)
         own = adapter.get(entry.name.removesuffix(".weight"))

@@ -329,6 +329,18 @@ def cpo_loss(
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
+def step_loss(logits: Tensor, labels: Tensor, *, loss: str = "bce") -> Tensor:
+    """Loss per step, (N,) nats (bce) or squared error (mse), of a process reward model (Lightman et al. 2023, 0 or 1;
+    Wang et al. 2024, shares). mse is the Brier score.
+
+    logits: (N,) float32 log-odds that the step is right. labels: (N,) float32 from 0 to 1; with 0 and 1 bce is the
+    cross-entropy of two classes.
+    """
+    if loss == "mse":
+        return (logits.sigmoid() - labels).square()
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+
+
 def _check_loss(name: str, beta: float, label_smoothing: float, f_divergence: str, discopop_tau: float) -> None:
     _check_known("loss_type", name, DPO_LOSSES)
     _check_known("f_divergence", f_divergence, F_DIVERGENCES)

@@ -185,6 +185,7 @@ def plan_memory(
     head_kept = head_kept_bytes(model, work.scored, itemsize=itemsize, stash=config.kernels.stash, triton=on_gpu)
     head_works = head_working_bytes(model, work.scored, itemsize=itemsize, triton=on_gpu)
     head_gradient = model.vocab_size * model.hidden_size * itemsize
+    embedding_gradient = 0 if config.lora.enabled else head_gradient  # of a head that is not tied, as large
     dequantised = 0
     if config.lora.enabled:
         sizes = adapter_sizes(model, config, shards)
@@ -195,6 +196,9 @@ def plan_memory(
         head_kept = _padded(work.scored) * model.hidden_size * (2 * itemsize + FLOAT32)
         head_gradient = 0
         dequantised = sizes.dequantised * (2 * FLOAT32 + itemsize)  # values, what they are made from, in this dtype
+    if config.train.objective == "prm":  # one number a step: its state before and after the norm, and in float32
+        head_kept = _padded(work.scored) * model.hidden_size * (2 * itemsize + FLOAT32)
+        head_works = head_gradient = 0
     # of tied weights, the head's gradient waits for the embedding's rows to the end of the backward
     waits = head_gradient if model.tie_word_embeddings else 0
     block_works = again + block_working_bytes(model, work.tokens, itemsize=itemsize, form=form)
@@ -204,7 +208,7 @@ def plan_memory(
     moments = [
         early + states + head_kept + head_works + head_gradient,
         early + states + waits + block_works + dequantised,
-        gradients + head_gradient,  # or an untied embedding's, which is as large
+        gradients + embedding_gradient,
     ]
     gathered = 0
     if shards:
@@ -230,9 +234,13 @@ def plan_memory(
 def _staying_bytes(model: ModelConfig, config: Config, shards: int) -> dict[str, int]:
     """What a rank holds from the first step on: masters, working copies in the compute dtype where they differ from the
     masters, gradients, moments. A rank's rows of each tensor are rounded up, as FSDP2 pads them."""
-    shapes = parameter_shapes(model).values()
+    named = parameter_shapes(model)
+    left = config.train.objective == "prm" and not model.tie_word_embeddings  # the language model's head: not trained
+    shapes = [shape for name, shape in named.items() if not (left and name == "lm_head.weight")]
     held = sum(-(-shape[0] // max(1, shards)) * math.prod(shape[1:]) for shape in shapes)
     trained, frozen = sum(map(math.prod, shapes)), 0
+    if left:
+        frozen = FLOAT32 * -(-model.vocab_size // max(1, shards)) * model.hidden_size
     if config.lora.enabled:
         sizes = adapter_sizes(model, config, shards)
         held, trained, frozen = sizes.own, sizes.whole, sizes.frozen

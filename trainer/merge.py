@@ -10,7 +10,8 @@ from pathlib import Path
 
 from trainer.entry import run_command
 from trainer.errors import ModelError
-from trainer.lora_files import export_merged, merged_entries, read_settings, read_tensors
+from trainer.lora_files import RewardHead, export_merged, merged_entries, read_head, read_settings, read_tensors
+from trainer.prm import read_table
 
 
 def main(argv: list[str]) -> None:
@@ -29,7 +30,9 @@ def main(argv: list[str]) -> None:
     shapes = {layer: (len(own.B), own.A.shape[1]) for layer, own in adapter.items()}
     merged_entries(args.model, shapes)
     Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-    export_merged(adapter, settings, source=args.model, folder=Path(args.out))
+    table = read_table(args.adapter)
+    head = RewardHead(read_head(args.adapter), None if table is None else table.as_json())
+    export_merged(adapter, settings, source=args.model, folder=Path(args.out), head=head)
     print(f"merged {len(adapter)} layers (rank {settings.r}, scaling {settings.scaling:g}): {args.out}")
 
 

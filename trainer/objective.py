@@ -6,40 +6,49 @@ follow from the plan alone: no forward and no collective is needed to know them.
 Letters: N scored tokens, S segments, P pairs. A pair owns three segments: prompt, chosen, rejected.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data_tools.encode import Group
 from trainer import losses
-from trainer.batch import Stream
+from trainer.batch import Stream, build_stream
 from trainer.config import LossConfig
 from trainer.losses import PairLengths, PairLogps
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a global batch's sums are divided by: weighted pairs (or examples), weighted tokens of the NLL term, and
-    the plain number of pairs for metrics."""
+    """What a global batch's sums are divided by: weighted pairs (or examples, or steps), weighted tokens of the NLL
+    term, and the plain number of pairs (or steps) for metrics; right and wrong: of the steps."""
 
     weight: float
     nll_tokens: float
     groups: int
+    right: int = 0
+    wrong: int = 0
 
 
 @dataclass(frozen=True)
 class Terms:
     """One micro-batch: `loss` (scalar, float32) carries the gradient; `sums` are detached scalars to add up over
-    micro-batches and ranks, named as the metrics and already divided by the step's counts."""
+    micro-batches and ranks, named as the metrics and already divided by the step's counts. steps: (N, 2) score and
+    hard label of each step, for what compares steps with each other; None for other objectives."""
 
     loss: Tensor
     sums: dict[str, Tensor]
+    steps: Tensor | None = None
 
 
 class Objective:
-    """One training objective: `dpo`, `orpo`, `simpo`, `cpo` or `sft` with its loss settings."""
+    """One training objective: `dpo`, `orpo`, `simpo`, `cpo` or `sft` with its loss settings (`prm`: trainer.prm)."""
+
+    output: Literal["logps"] = "logps"
+    """What the model is asked for."""
+    compares_steps = False
 
     def __init__(self, name: str, config: LossConfig) -> None:
         self.name = name
@@ -57,6 +66,10 @@ class Objective:
     def scores_prompt(self) -> bool:
         """ORPO's NLL runs over prompt and chosen completion, as in its paper, unless told otherwise."""
         return self.name == "orpo" and self.config.orpo_nll == "full"
+
+    def stream(self, groups: Sequence[Group]) -> Stream:
+        """The micro-batch, with the tokens that this objective scores."""
+        return build_stream(groups, score_prompt=self.scores_prompt)
 
     def count(self, groups: Iterable[Group]) -> Counts:
         """Counts of a global batch: give it all groups of the step, over all ranks."""

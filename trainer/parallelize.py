@@ -83,7 +83,7 @@ def shard(
     compute_dtype: torch.dtype,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard every block, and the embedding, last norm and head with the root, by rows over the mesh's last dimension.
+    """Shard every block, and the embedding, last norm and heads with the root, by rows over the mesh's last dimension.
 
     Weights are gathered in `compute_dtype`; gradients are reduced in float32 and averaged over the ranks. Embedding and
     head stay in one group, because they may be one tensor.

@@ -15,6 +15,8 @@ PANELS = (
     ("margin chosen - rejected (rewards)", ("rewards/margins",)),
     ("rewards", ("rewards/chosen", "rewards/rejected")),
     ("reward accuracy", ("rewards/accuracies",)),
+    ("step accuracy", ("step_accuracy", "step_accuracy_right", "step_accuracy_wrong")),
+    ("AUC of steps", ("step_auc",)),
     ("loss", ("loss",)),
 )
 """Title and metrics of each panel; the `eval_` metric of the same name is drawn as dots."""

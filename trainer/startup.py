@@ -1,11 +1,14 @@
 """From a checked config to a `Run`: what can be wrong is found here, before the first collective or update."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 
 from data_tools.disk import user_cache
@@ -15,6 +18,7 @@ from data_tools.jsonl import read_records
 from data_tools.lint import lint_groups, lint_pairs
 from data_tools.shards import Shard, open_or_build
 from data_tools.show import describe_group
+from data_tools.step_rows import StepLabel
 from data_tools.tokenizer import load_tokenizer
 from kernels.dispatch import choose_matmul_precision, resolve
 from trainer import adapt, checkpoint, dist, numerics, parallelize
@@ -30,10 +34,13 @@ from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
 from trainer.objective import Objective
 from trainer.optim import AdamW, MasterWeights
+from trainer.prm import ProcessObjective
 from trainer.reference_cache import Header, ReferenceCache, weights_digest
 from trainer.reference_pass import score_missing
 from trainer.run_folder import ensure_writable
 
+KINDS: dict[str, Literal["sft", "prm"]] = {"sft": "sft", "prm": "prm"}
+"""Kinds of rows by objective; of all others, pairs."""
 SCORING_TOKENS = 2
 """Scoring keeps no activations, so its batches may be this many times `train.tokens_per_microbatch`."""
 
@@ -45,11 +52,12 @@ def open_data(config: Config) -> tuple[Shard, Sequence[Group]]:
         parallelize.check_compiler(dist.choose_device(config.run.device))
     model_config = ModelConfig.from_folder(config.model.path)
     options = EncodeOptions(
-        kind="sft" if config.train.objective == "sft" else "pair",
+        kind=KINDS.get(config.train.objective, "pair"),
         max_length=config.data.max_length,
         overlong=config.data.overlong,
         chat_template=config.data.chat_template,
         special_tokens=config.data.special_tokens,
+        step_separator=config.prm.separator or "",
     )
     shards = []
     for name, files in (("train", config.data.train), ("eval", config.data.eval)):
@@ -75,6 +83,7 @@ def check_fits_model(shard: Shard, model_config: ModelConfig, config: Config) ->
     """Token ids inside the vocabulary, positions inside the model's reach. Raises ModelError."""
     check_vocabulary(shard, model_config, config.model.path)
     check_weights(shard, config)
+    check_labels(shard, config)
     if config.reference.path is not None:
         check_vocabulary(shard, ModelConfig.from_folder(config.reference.path), config.reference.path)
     for rope in {layer.rope for layer in model_config.layers if layer.rope is not None and layer.rope.by_length}:
@@ -93,6 +102,24 @@ def check_weights(shard: Shard, config: Config) -> None:
     if config.train.objective == "dpo" and sorting and any(group.weight != 1 for group in shard):
         problem = "sorts over rows and cannot weigh them; remove 'weight' from the data or choose another loss"
         raise ConfigError("loss.loss_type", sorting, problem)
+
+
+def check_labels(shard: Shard, config: Config) -> None:
+    """Every row has the labels that are trained on. Raises ConfigError."""
+    if config.train.objective != "prm" or config.prm.labels == "hard":
+        return
+    column = StepLabel._fields.index(config.prm.labels)
+    if np.isnan(shard.labels[:, column]).any():
+        lacks = next(group.record_id for group in shard if any(math.isnan(own[column]) for own in group.labels[1]))
+        field = {"soft": "soft", "outcome": "correct"}[config.prm.labels]
+        raise ConfigError("prm.labels", config.prm.labels, f"row '{lacks}' has no '{field}'; add it, or train on hard")
+
+
+def make_objective(config: Config) -> Objective | ProcessObjective:
+    """What the run trains."""
+    if config.train.objective == "prm":
+        return ProcessObjective(config.prm)
+    return Objective(config.train.objective, config.loss)
 
 
 def sorted_pairs_line(run: Run) -> str | None:
@@ -116,7 +143,7 @@ def look_at_data(config: Config, shard: Shard) -> None:
     """Print the first rendered row with its scored tokens, and the data lint's findings."""
     tokenizer = load_tokenizer(config.model.path)
     say(describe_group(shard[0], tokenizer, color=False))
-    if config.data.lint and config.train.objective != "sft":
+    if config.data.lint and config.train.objective not in KINDS:
         held_out = read_records(config.data.eval, kind="pair") if config.data.eval else []
         for finding in [*lint_pairs(read_records(config.data.train, kind="pair"), held_out), *lint_groups(shard)]:
             say(f"lint: {finding.text}")
@@ -130,7 +157,7 @@ def make_run(
     loader_type: type[Loader] = Loader,
 ) -> Run:
     """Score what the reference has not scored yet, load the model, then put the checkpoint's state in place."""
-    objective = Objective(config.train.objective, config.loss)
+    objective = make_objective(config)
     device = dist.choose_device(config.run.device)
     old = checkpoint.read_manifest(resume_from) if resume_from is not None else None
     same_device = old is not None and old.device == device.type
@@ -273,7 +300,10 @@ def check_ranks(config: Config) -> None:
 
 
 def wrap_model(config: Config, device: torch.device, model: Decoder) -> None:
-    """Activation checkpointing, then compilation, then sharding, of a model that has no weights yet."""
+    """A reward head for prm, activation checkpointing, then compilation, then sharding, of a model that has no weights
+    yet."""
+    if config.train.objective == "prm":
+        model.add_reward_head(torch.bfloat16 if config.train.dtype == "pure_bf16" else torch.float32)
     parallelize.recompute_activations(model, config.train.activation_checkpointing)
     if config.train.compile:
         parallelize.compile_blocks(model)

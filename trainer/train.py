@@ -84,7 +84,7 @@ def _train(
     if config.lora.enabled:
         adapt.check_results(config, run.model)
     elif config.run.export:
-        planned_entries(parts_of((hf_name(name), tensor) for name, tensor in run.masters.named()), config.model.path)
+        planned_entries(parts_of((hf_name(name), tensor) for name, tensor in run.weights()), config.model.path)
     if run.step == 0:
         say(to_toml(config))
         for note in adapt.notes(config):

@@ -261,6 +261,8 @@ class Decoder(nn.Module):
         self.add_module(self.last_norm, Norm(config, config.hidden_size))
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.reward_head: nn.Linear | None = None
+        """One number of a token's state, for process rewards; `add_reward_head` makes it."""
         self.stash_logits = False
         self.kernel_impl = "auto"
         self.attention_form = "auto"
@@ -272,14 +274,23 @@ class Decoder(nn.Module):
         """(V, D); the embedding itself when the head is tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def add_reward_head(self, dtype: torch.dtype) -> None:
+        """A head that is trained, in place of the language model's, which stays as it is: nothing reads it. It has no
+        values yet (`hf_weights.load_weights` gives it some: those in the folder, else zeros)."""
+        device = self.embed_tokens.weight.device
+        self.reward_head = nn.Linear(self.config.hidden_size, 1, dtype=dtype, device="meta").to_empty(device=device)
+        if self.lm_head is not None:
+            self.lm_head.requires_grad_(False)
+
     def forward(
         self,
         stream: Stream,
-        output: Literal["logps", "hidden", "logits", "next"] = "logps",
+        output: Literal["logps", "rewards", "hidden", "logits", "next"] = "logps",
         cache: PromptCache | SlotCache | None = None,
     ) -> Tensor:
         """logps: (N,) float32 nats of the scored tokens. hidden: (T, D) after the final norm. logits: (T, V), for tests
         and inspection only: training never builds them. next: (N, V) logits behind the tokens at `score_index`.
+        rewards: (N,) float32 of the reward head there, log-odds that the step which ends there is right.
 
         cache: a PromptCache is filled; with a SlotCache the stream is one token a slot (trainer.models.kv_cache).
         """
@@ -296,6 +307,9 @@ class Decoder(nn.Module):
             hidden_ND = self._norm(x_TD.index_select(0, _padded(stream.score_index)))
             logps = self._logps(hidden_ND, head_weight, _padded(stream.score_targets))
             return logps[:num_scored].clone()  # not a view: FSDP2 hooks the tensor that is returned
+        if output == "rewards":
+            hidden_ND = self._norm(x_TD.index_select(0, _padded(stream.score_index)))
+            return self._rewards(hidden_ND)[:num_scored].clone()
         if output == "next":
             picked = x_TD if one_token else x_TD.index_select(0, stream.score_index)
             return self._logits(self._norm(picked), head_weight)
@@ -330,6 +344,11 @@ class Decoder(nn.Module):
             stash=self.stash_logits,
             impl=self.kernel_impl,
         )
+
+    def _rewards(self, hidden_ND: Tensor) -> Tensor:
+        assert self.reward_head is not None, "add_reward_head comes first"
+        weight, wide = self.reward_head.weight, compute_dtype(hidden_ND.dtype)
+        return F.linear(hidden_ND.to(wide), weight.to(wide), self.reward_head.bias.to(wide)).squeeze(-1)
 
     def _logits(self, hidden: Tensor, weight_VD: Tensor) -> Tensor:
         logits, cap = self.head_product(hidden, weight_VD), self.config.logit_softcap

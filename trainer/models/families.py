@@ -39,7 +39,7 @@ HARMLESS_KEYS = frozenset(
     transformers_version unk_token_id unsloth_fixed unsloth_version use_cache _name_or_path problem_type
     output_attentions output_hidden_states chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention
     quantization_config cache_implementation hidden_dropout use_flash_attn
-    _sliding_window_pattern
+    _sliding_window_pattern logratio_prm
     """.split()
 )
 """Keys without effect on what a model computes here: dropout is never applied."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from trainer.parts import is_sharded, part_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+REWARD_HEAD = "reward_head."
+"""What the names of a reward head's tensors begin with (Decoder.add_reward_head)."""
 
 
 def load_decoder(
@@ -38,8 +41,8 @@ def load_decoder(
 
 
 def hf_name(name: str) -> str:
-    """A decoder's parameter name as Hugging Face writes it."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
+    """A decoder's parameter name as Hugging Face writes it; our reward head has none there and keeps its own."""
+    return name if name.startswith(("lm_head.", REWARD_HEAD)) else f"model.{name}"
 
 
 def is_adapter(name: str) -> bool:
@@ -55,7 +58,8 @@ def load_weights(
     weights: Iterable[tuple[Path, str, Tensor]] | None = None,
 ) -> None:
     """Replace every parameter of `model` (which may be on the meta device) by the folder's tensor of that name.
-    Adapters (trainer.lora) are left alone.
+    Adapters (trainer.lora) are left alone. A reward head that the folder lacks becomes zeros: even odds everywhere; one
+    that only the folder has is passed over.
 
     Of a sharded parameter only this rank's rows are read from the file, into the device of the shards' mesh
     unless they are in memory already.
@@ -65,10 +69,11 @@ def load_weights(
         model.to_empty(device=device)
     wanted = {hf_name(name): name for name, _ in model.named_parameters() if not is_adapter(name)}
     seen = set()
-    for path, name, tensor in iter_weights(folder) if weights is None else weights:
+    zeros = _zeros_for(model, folder, seen)  # asked last, when it is known what was seen
+    for path, name, tensor in chain(iter_weights(folder) if weights is None else weights, zeros):
         if name not in wanted:
-            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-                continue  # a tied head stored twice, or a constant that old exports carry
+            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq") or name.startswith(REWARD_HEAD):
+                continue  # a tied head stored twice, a constant that old exports carry, a head for another use
             raise ModelError(path, f"tensor {name!r} is not part of this model; config.json does not fit the weights")
         owner, _, leaf = wanted[name].rpartition(".")
         module = model.get_submodule(owner)
@@ -85,12 +90,20 @@ def load_weights(
             seen.add(name)
             continue
         # a copy: what safetensors gives is the mapped file itself, which changes when somebody overwrites the file
-        parameter = nn.Parameter(tensor.to(dtype, copy=True), requires_grad=expected.requires_grad)
+        own_dtype = expected.dtype if name.startswith(REWARD_HEAD) else dtype
+        parameter = nn.Parameter(tensor.to(own_dtype, copy=True), requires_grad=expected.requires_grad)
         setattr(module, leaf, parameter)
         seen.add(name)
     missing = sorted(wanted.keys() - seen)
     if missing:
         raise ModelError(folder, f"{len(missing)} tensors are missing, the first is {missing[0]!r}; download it again")
+
+
+def _zeros_for(model: nn.Module, folder: str | Path, seen: set[str]) -> Iterator[tuple[Path, str, Tensor]]:
+    """Of a reward head whose tensors are not among those seen."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(REWARD_HEAD) and name not in seen:
+            yield Path(folder), name, torch.zeros(parameter.shape)
 
 
 def weight_files(folder: str | Path) -> list[Path]:
