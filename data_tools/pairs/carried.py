@@ -87,18 +87,21 @@ def read_carried(path: str) -> dict[str, Carried]:
         if not isinstance(value, dict) or not isinstance(student, dict):
             problem = "missing: these are no requests that this command's own earlier step wrote"
             raise DataError(path, line, field="student", problem=problem)
-        wanted = {"id": str, "sample": int, "text": str, "made_by": dict}
-        for name, kind in wanted.items():
-            if not isinstance(student.get(name), kind):
-                raise DataError(path, line, field=f"student.{name}", problem="is missing or of another kind")
         if not isinstance(value.get("id"), str) or not isinstance(value.get("question_id"), str):
             raise DataError(path, line, field="question_id", problem="is missing, or the row has no id")
-        prompt = check_prompt({"prompt": student.get("prompt")}, path=path, line=line).prompt
-        names = ("id", "sample", "text", "made_by")
-        first = FirstAnswer(prompt=prompt, verdict=student.get("verdict"), **{name: student[name] for name in names})
-        return Carried(value["id"], value["question_id"], first, value)
+        return Carried(value["id"], value["question_id"], first_from(student, path, line, "student"), value)
 
     return {carried.id: carried for carried in check_each(iter_jsonl(path, may_be_empty=True), check)}
+
+
+def first_from(column: Mapping[str, Any], path: str, line: int | None, field: str) -> FirstAnswer:
+    """An answer as a request carries it. Raises DataError."""
+    wanted = {"id": str, "sample": int, "text": str, "made_by": dict}
+    for name, kind in wanted.items():
+        if not isinstance(column.get(name), kind):
+            raise DataError(path, line, field=f"{field}.{name}", problem="is missing or of another kind")
+    prompt = check_prompt({"prompt": column.get("prompt")}, path=path, line=line or 0).prompt
+    return FirstAnswer(prompt=prompt, verdict=column.get("verdict"), **{name: column[name] for name in wanted})
 
 
 def read_by_id(args: argparse.Namespace) -> dict[str, Question]:
