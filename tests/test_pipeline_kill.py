@@ -134,6 +134,27 @@ time.sleep(600)
     process.communicate()
 
 
+def test_the_next_pipeline_waits_for_the_guard_of_a_killed_one(tiny: Tiny) -> None:
+    """However slow it is: here it is stopped before the pipeline dies, so that its command lives on meanwhile."""
+    program = "import os, sys, time\nopen('pids', 'a').write(f'{os.getpid()} {os.getppid()}\\n')\n"
+    one_stage(tiny, program + "time.sleep(0 if os.path.exists('again') else 600)\nopen(sys.argv[1], 'w')\n")
+    process = tiny.start()
+    pids = tiny.folder / "pids"
+    wait_for(lambda: pids.exists() and pids.read_text().endswith("\n"), "the command")
+    command, guard = map(int, pids.read_text().split())
+    os.kill(guard, signal.SIGSTOP)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (tiny.folder / "again").touch()
+    following = tiny.start()
+    time.sleep(1.5)
+    assert lives(command) and following.poll() is None and len(pids.read_text().splitlines()) == 1
+    os.kill(guard, signal.SIGCONT)
+    out, _ = following.communicate(timeout=60)
+    assert not lives(command) and stages_run(out) == ["only"]
+    process.communicate()
+
+
 def test_a_daemon_does_not_outlive_its_stage(tiny: Tiny) -> None:
     one_stage(
         tiny,
