@@ -36,6 +36,8 @@ Row = dict[str, Any]
 HUMAN = ("correct", "wrong")
 NO_TEXT = invalid("the answer is empty")
 """The verdict on a sample that the judge is not shown."""
+UNREAD = "the judge wrote"
+"""How the reason begins where the judge's own text was no verdict."""
 
 
 def judge_items(task: Task, items: Sequence[Item], samples: Mapping[str, Sequence[Sample]]) -> list[Item]:
@@ -88,7 +90,7 @@ def written_verdict(task: Task, text: str) -> Verdict:
     names = {task.judge.right.strip(): "correct", task.judge.wrong.strip(): "wrong"}
     found = names.get(text.strip())
     if found is None:
-        return invalid(f"the judge wrote {text.strip()[:40]!r}")
+        return invalid(f"{UNREAD} {text.strip()[:40]!r}")
     return Verdict(found, None, "as the judge wrote")  # type: ignore[arg-type]
 
 

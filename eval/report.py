@@ -158,6 +158,8 @@ def _result_rows(result: Mapping[str, Any]) -> list[Cells]:
     if "audit" in result:
         own = result["audit"]
         rows.append(("judged samples in audit.jsonl, checked by a person", f"{own['rows']}, {own['checked']}"))
+        if result["judge_unreadable"]:
+            rows.append(("invalid because the judge wrote no verdict", str(result["judge_unreadable"])))
         if own["checked"]:
             rows.append(("person and judge agree", f"{_ranged(own['agreement'])}, kappa {own['kappa']:.3f}"))
     rows += [(f"by rule {rule}", _ranged(own)) for rule, own in result.get("rules", {}).items()]

@@ -35,6 +35,7 @@ from eval.item_log import ItemLog, Row, read_rows
 from eval.items import Item, read_items, subject_of
 from eval.judge import (
     NO_TEXT,
+    UNREAD,
     audit_result,
     judge_items,
     judge_prompts,
@@ -94,7 +95,10 @@ def run(options: RunOptions) -> dict[str, Any]:
 
 
 def _audit(task: Task, out: Path, rows: Sequence[Row]) -> dict[str, Any]:
-    return {"audit": audit_result(out / "audit.jsonl", rows)} if task.kind == "free" else {}
+    if task.kind != "free":
+        return {}
+    unread = sum(verdict["why"].startswith(UNREAD) for row in rows for verdict in row["verdicts"])
+    return {"audit": audit_result(out / "audit.jsonl", rows), "judge_unreadable": unread}
 
 
 def read_run(folder: str | Path) -> tuple[dict[str, Any], list[Row]]:

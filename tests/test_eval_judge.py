@@ -125,6 +125,8 @@ def test_a_judge_behind_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "a": "correct", "b": "invalid", "c": "invalid",
     }  # fmt: skip
     report = read_json(out / "report.json")
+    assert report["result"]["judge_unreadable"] == 1
+    assert "invalid because the judge wrote no verdict" in (out / "report.md").read_text(encoding="utf-8")
     assert report["digests"]["judge_samples_sha256"] and "judge_weights" not in report["digests"]
     assert report["settings"]["judge_samples_made_by"] == ["elsewhere, settings s"]
     assert list(read_log(out / "audit.jsonl")) == ["a"] and not (out / "judge_scores.jsonl").exists()
