@@ -34,7 +34,7 @@ from typing import Any, Literal
 from data_tools.errors import DataError, UserError, check_each
 from data_tools.jsonl import iter_jsonl, write_rows
 from data_tools.samples import messages_of
-from data_tools.schema import Message, Record, Text, check_record
+from data_tools.schema import Record, Text, check_record
 from data_tools.tokenizer import load_tokenizer
 
 Dedup = Literal["prompt", "row", "none"]
@@ -204,8 +204,8 @@ def _spoken(text: Text) -> list[dict[str, str]]:
 def _row(record: Record, raw: Row, source: Source, kind: str) -> Row:
     """The row as it is written, and in `_replaced` whether another system message was."""
     head = {"id": f"{source.name}/{record.id}"}
-    replaced = not isinstance(record.prompt, str) and record.prompt[0] != Message("system", source.system or "")
-    replaced = replaced and source.system is not None and record.prompt[0].role == "system"
+    first = messages_of(record.prompt)[0]
+    replaced = first["role"] == "system" and source.system not in (None, first["content"])
     tail = {"source": source.name, "_replaced": replaced}
     if kind == "sft":
         answer = record.completions[0]

@@ -202,11 +202,12 @@ def parse_task(tables: Mapping[str, Any]) -> Task:
 
 def with_few_shot(task: Task, path: str | None, shots: int | None) -> Task:
     """The task with other examples: of a command's --few-shot and --shots, None: the task's own. Raises UserError."""
-    own = {
-        "few_shot": task.prompt.few_shot if path is None else path,
-        "shots": task.prompt.shots if path is None else None,
-    }
-    task = replace(task, prompt=replace(task.prompt, **own if shots is None else {**own, "shots": shots}))
+    prompt = task.prompt
+    if path is not None:
+        prompt = replace(prompt, few_shot=path, shots=None)
+    if shots is not None:
+        prompt = replace(prompt, shots=shots)
+    task = replace(task, prompt=prompt)
     _check(task, {})
     return task
 
