@@ -68,7 +68,7 @@ from data_tools.schema import Message, Text
 from data_tools.steps import UNITS, compiled
 
 SOURCE = "self_correct"
-HINTS = {"gold", "gold_text", "explanation"}
+HINTS = {"gold", "gold_text", "explanation", "answer", "final_answer", "reference", "solution"}
 """Placeholders by which a template gives the known answer away."""
 
 
