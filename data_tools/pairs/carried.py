@@ -91,7 +91,8 @@ def read_carried(path: str) -> dict[str, Carried]:
             raise DataError(path, line, field="question_id", problem="is missing, or the row has no id")
         return Carried(value["id"], value["question_id"], first_from(student, path, line, "student"), value)
 
-    return {carried.id: carried for carried in check_each(iter_jsonl(path, may_be_empty=True), check)}
+    rows: list[Carried] = check_each(iter_jsonl(path, may_be_empty=True), check)
+    return {carried.id: carried for carried in rows}
 
 
 def first_from(column: Mapping[str, Any], path: str, line: int | None, field: str) -> FirstAnswer:

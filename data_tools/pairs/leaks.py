@@ -30,7 +30,9 @@ class Phrases:
     """Phrases of the built-in lists (English, Persian, Chinese) and the user's own, and how often each was found."""
 
     def __init__(self, own: Sequence[str] = ()) -> None:
-        self._patterns = [(None, _bounded(pattern)) for patterns in BUILT_IN.values() for pattern in patterns]
+        self._patterns: list[tuple[str | None, re.Pattern[str]]] = [
+            (None, _bounded(pattern)) for patterns in BUILT_IN.values() for pattern in patterns
+        ]
         for phrase in own:
             spelt = " ".join(normalise(phrase).casefold().split())
             if not spelt:

@@ -181,24 +181,25 @@ class _Unit:
 
     def parts(self, carried: Carried, fix: str) -> Parts | str:
         """What is compared, or why nothing is."""
-        error = carried.student.text
-        if self.args.unit == "trajectory":
-            found: Parts | None = Parts(fix, error)
-        elif self.args.unit == "answer":
-            closing = None if self.args.closing is None else compiled(self.args.closing, "--closing")
-            chosen, rejected = answer_part(fix, closing), answer_part(error, closing)
-            found = None if chosen is None or rejected is None else Parts(chosen, rejected)
-            if found is None:
-                return "without an answer part"
-        elif isinstance(shared := carried.row.get("correct_steps"), str):
-            found = after_wrong_step(error, fix, shared)
-        else:
-            found = after_shared_steps(error, fix, _cut(self.args))
-            if found is None:
-                return "without a shared first step"
+        found = self._cut_out(carried, fix)
+        if found is None:
+            return "without an answer part" if self.args.unit == "answer" else "without a shared first step"
         if not found.chosen.strip() or not found.rejected.strip() or found.chosen == found.rejected:
             return "equal or empty parts"
         return found
+
+    def _cut_out(self, carried: Carried, fix: str) -> Parts | None:
+        error = carried.student.text
+        if self.args.unit == "trajectory":
+            return Parts(fix, error)
+        if self.args.unit == "answer":
+            closing = None if self.args.closing is None else compiled(self.args.closing, "--closing")
+            chosen, rejected = answer_part(fix, closing), answer_part(error, closing)
+            return None if chosen is None or rejected is None else Parts(chosen, rejected)
+        shared = carried.row.get("correct_steps")
+        if isinstance(shared, str):
+            return after_wrong_step(error, fix, shared)
+        return after_shared_steps(error, fix, _cut(self.args))
 
     def prompt(self, carried: Carried, parts: Parts) -> Text:
         """The student's prompt, with the correct steps in its last message where they go there."""
