@@ -49,12 +49,8 @@ def runs(tiny_model_dir: Path, held_out: Path, tmp_path_factory: pytest.TempPath
 
 
 QUESTION = [{"role": "user", "content": "What is 2 + 3?"}]
-TEXTS = {
-    ("a", 0): "2 + 3 = 5\nSo it is 5.\nThe answer is 5",
-    ("a", 1): "",
-    ("b", 0): "six\n",
-    ("a", 2): "The answer is 6",
-}
+LAST = "The answer is 6"
+TEXTS = {("a", 0): f"2 + 3 = 5\nSo it is 5.\n{LAST}", ("a", 1): "", ("b", 0): "six\n", ("a", 2): LAST}
 STEPS = {("a", 0): ["2 + 3 = 5\n", "So it is 5.\n"], ("a", 1): [], ("b", 0): ["six\n"], ("a", 2): ["The answer is 6"]}
 
 
@@ -96,7 +92,7 @@ def by_the_model(folder: Path, steps: list[str], prompt: object) -> list[float]:
 def test_samples_get_the_models_own_scores(
     runs: dict[str, Path], sampled: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All samples of a prompt are branches of one group; each is what it would be alone, and the answer's line no step."""
+    """All samples of a prompt are branches of one group; each is what it would be alone. The last line is no step."""
     prompts, samples = sampled
     common = ("--prompts", prompts, "--samples", samples, "--out", tmp_path / "out.jsonl")
     assert command("--model", runs["hard"] / "export", *common) == 0
@@ -128,6 +124,7 @@ def test_an_adapter_scores_as_its_merged_export(
     assert command("--model", tiny_model_dir, "--adapter", runs["lora"] / "adapter", *common, tmp_path / "1") == 0
     assert command("--model", runs["lora"] / "export", *common, tmp_path / "2") == 0
     one, two = ([json.loads(line)["score"] for line in (tmp_path / name).read_text().splitlines()] for name in "12")
+    assert one.pop(1) is None and two.pop(1) is None
     assert one == pytest.approx(two, rel=1e-5)
 
 
@@ -197,9 +194,7 @@ def test_numbers_by_hand() -> None:
     assert (found["questions"], found["steps"], found["right"]) == (2, 5, 0.4)
     values = [found[name]["value"] for name in MEASURES]
     assert values == pytest.approx([3 / 5, 1 / 2, 2 / 3, 7 / 12, (3 + 1.5) / 6])
-    assert found["step_accuracy"]["low"] == pytest.approx(1 / 2) and found["step_accuracy"]["high"] == pytest.approx(
-        2 / 3
-    )
+    assert found["step_accuracy"] == pytest.approx({"value": 3 / 5, "low": 1 / 2, "high": 2 / 3})
     assert differences(scores, scores, hard)["step_auc"] == {"value": 0, "low": 0, "high": 0}
     only_right = numbers([np.array([0.9])], [np.array([1.0])])
     assert only_right["step_accuracy_wrong"] is None and only_right["step_auc"] is None
