@@ -1,12 +1,15 @@
 """A pool of judged answers that grows over rounds: what was asked, what came and the verdict, in one file.
 
-    python -m data_tools.pool --requests R.jsonl --samples S.jsonl --verdicts V.jsonl --questions Q.jsonl --round 1 \\
-        --earlier pool_0.jsonl --out pool_1.jsonl
+    python -m data_tools.pool add --requests R.jsonl --samples S.jsonl --verdicts V.jsonl --questions Q.jsonl \\
+        --round 1 --earlier pool_0.jsonl --out pool_1.jsonl
+    python -m data_tools.pool files --pool pool_1.jsonl --requests R.jsonl --samples S.jsonl --verdicts V.jsonl
 
 A row is an answer: `id` and `sample` as in the samples file (from round 1 on the id has `#r<round>` behind it, so that
 an answer keeps its name when later rounds ask the same again), `question_id`, `prompt`, `text`, `verdict` (correct,
 wrong, invalid), `round`, and who made it. Commands that choose among answers read a pool by --pool, or the three files
-as they are by --requests, --samples and --verdicts, which is a pool of one round. Nothing is chosen or left out here.
+as they are by --requests, --samples and --verdicts, which is a pool of one round. `files` turns a pool back into such
+files, under the pool's ids, for commands that read these: a new reward model's scores of all rounds, say. Nothing is
+chosen or left out here.
 """
 
 import argparse
@@ -20,8 +23,16 @@ from typing import Any
 from data_tools.errors import DataError, UserError, check_each
 from data_tools.jsonl import iter_jsonl, write_rows
 from data_tools.pairs.carried import CUT, run
-from data_tools.pairs.exchange import VERDICTS, Answer, prompt_json, read_answers
+from data_tools.pairs.exchange import (
+    VERDICTS,
+    Answer,
+    RequestRow,
+    prompt_json,
+    read_answers,
+    write_requests,
+)
 from data_tools.questions import id_of, question_id
+from data_tools.samples import prompt_digest
 from data_tools.schema import Text, check_prompt
 
 SOURCE_FILES = ("requests", "samples", "verdicts")
@@ -67,10 +78,15 @@ class Attempt:
         text = {"prompt": prompt_json(self.prompt), "text": self.text}
         return {**first, **text, **{name: getattr(self, name) for name in names}}
 
+    def sample_row(self) -> dict[str, Any]:
+        """As a row of samples."""
+        names = ("id", "sample", "text", "finish_reason", "model", "settings_digest", "completion_tokens")
+        return {name: getattr(self, name) for name in names} | {"prompt_digest": prompt_digest(self.prompt)}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0, or 2 with one line a fault of the input."""
-    return run(_parser(), argv, {"pool": _add})
+    return run(_parser(), argv, {"add": _add, "files": _files})
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -221,6 +237,20 @@ def _add(args: argparse.Namespace) -> None:
     print(f"{len(earlier)} answers and {len(new)} of round {args.round}: {verdicts}, {questions} questions; {args.out}")
 
 
+def _files(args: argparse.Namespace) -> None:
+    pool = read_pool(args.pool)
+    prompts: dict[str, Text] = {}
+    for attempt in pool:
+        if prompts.setdefault(attempt.id, attempt.prompt) != attempt.prompt:
+            raise UserError(f"{args.pool}: '{attempt.id}' has several prompts; its rows are of no one file of requests")
+    write_requests(args.requests, (RequestRow(id=name, prompt=prompt) for name, prompt in prompts.items()))
+    write_rows(args.samples, (attempt.sample_row() for attempt in pool))
+    if args.verdicts is not None:
+        verdicts = ({"id": own.id, "sample": own.sample, "verdict": own.verdict} for own in pool)
+        write_rows(args.verdicts, verdicts)
+    print(f"{len(prompts)} requests in {args.requests}, {len(pool)} samples in {args.samples}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.pool",
@@ -228,14 +258,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--requests", required=True, help="JSON Lines of prompts")
-    parser.add_argument("--samples", required=True, help="JSON Lines of samples of them")
-    parser.add_argument("--verdicts", required=True, help="JSON Lines of verdicts on the samples")
-    parser.add_argument("--questions", help="JSON Lines with the questions' ids (default: a request is a question)")
-    parser.add_argument("--round", type=int, default=0, help="0 (default), 1, ...: of an iterated method")
-    parser.add_argument("--earlier", help="the pool that these answers are added to")
-    parser.add_argument("--out", required=True, help="JSON Lines, written anew and whole")
-    parser.set_defaults(command="pool")
+    commands = parser.add_subparsers(dest="command", required=True)
+    adding = commands.add_parser("add", help="a pool with the answers of one more round", allow_abbrev=False)
+    files = commands.add_parser("files", help="the files that a pool could be made of", allow_abbrev=False)
+    for each, verb in ((adding, "read"), (files, "written")):
+        each.add_argument("--requests", required=True, help=f"JSON Lines of prompts, {verb}")
+        each.add_argument("--samples", required=True, help=f"JSON Lines of samples of them, {verb}")
+        each.add_argument("--verdicts", required=each is adding, help=f"JSON Lines of verdicts on these, {verb}")
+    adding.add_argument("--questions", help="JSON Lines with the questions' ids (default: a request is a question)")
+    adding.add_argument("--round", type=int, default=0, help="0 (default), 1, ...: of an iterated method")
+    adding.add_argument("--earlier", help="the pool that these answers are added to")
+    adding.add_argument("--out", required=True, help="JSON Lines of a pool, written anew and whole")
+    files.add_argument("--pool", required=True, help="JSON Lines of a pool")
     return parser
 
 

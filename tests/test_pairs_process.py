@@ -25,7 +25,8 @@ def files(tmp_path: Path) -> list[str]:
     pool, scores = tmp_path / "pool.jsonl", tmp_path / "scores.jsonl"
     more = [attempt("other question", question="o"), attempt("unscored", "wrong", sample=9)]
     write_pool(pool, [attempt(text, verdict, place) for place, (text, verdict, _) in enumerate(ANSWERS)] + more)
-    rows = [{"id": "q", "sample": n, "score": n / 10, "step_scores": own} for n, (_, _, own) in enumerate(ANSWERS)]
+    rows: list[dict[str, Any]] = [{"id": "q", "sample": 9, "score": None, "step_scores": []}]
+    rows += [{"id": "q", "sample": n, "score": n / 10, "step_scores": own} for n, (_, _, own) in enumerate(ANSWERS)]
     write_rows(scores, [*rows, {"id": "o#0", "score": 0.5, "step_scores": [0.5]}])
     return ["pairs", "--pool", str(pool), "--scores", str(scores), "--out", str(tmp_path / "out.jsonl")]
 
@@ -93,7 +94,7 @@ def test_chance_is_repeatable(files: list[str]) -> None:
     ("row", "words"),
     [
         ({"id": "q", "score": 1}, "field 'sample': missing, and the id does not end in '#<sample>'"),
-        ({"id": "q", "sample": 0, "score": None}, "field 'score': expected a number, got None"),
+        ({"id": "q", "sample": 0, "score": "x"}, "field 'score': expected a number, got 'x'"),
         ({"id": "q#0", "score": True}, "field 'score': expected a number"),
         ([1], "expected an object"),
         ({"id": "q", "sample": 1, "score": 1}, "answer 1 of 'q' is scored twice"),

@@ -17,11 +17,11 @@ def test_rounds_add_up_and_names_stay(tmp_path: Path, capsys: pytest.CaptureFixt
     files = write_answers(tmp_path, {"a": [("1", "correct"), ("2", "wrong")], "a#b#x": [("3", "invalid")]})
     first, second = tmp_path / "p0.jsonl", tmp_path / "p1.jsonl"
     common = [*files, "--questions", str(questions)]
-    assert pool.main([*common, "--out", str(first)]) == 0
+    assert pool.main(["add", *common, "--out", str(first)]) == 0
     assert (
         capsys.readouterr().out == f"0 answers and 3 of round 0: 1 correct, 1 wrong, 1 invalid, 2 questions; {first}\n"
     )
-    assert pool.main([*common, "--round", "1", "--earlier", str(first), "--out", str(second)]) == 0
+    assert pool.main(["add", *common, "--round", "1", "--earlier", str(first), "--out", str(second)]) == 0
     found = read_pool(second)
     assert [own.key for own in found[:3]] == [own.key for own in read_pool(first)]
     assert [(own.id, own.question_id, own.tag, own.round) for own in found] == [
@@ -32,14 +32,31 @@ def test_rounds_add_up_and_names_stay(tmp_path: Path, capsys: pytest.CaptureFixt
     before = second.read_bytes()
     write_pool(second, found)
     assert second.read_bytes() == before and rows_of(second)[0]["prompt"] == "a?"
-    assert pool.main([*common, "--round", "1", "--earlier", str(second), "--out", str(tmp_path / "p2.jsonl")]) == 2
+    assert (
+        pool.main(["add", *common, "--round", "1", "--earlier", str(second), "--out", str(tmp_path / "p2.jsonl")]) == 2
+    )
     assert "holds answers of round 1 already" in capsys.readouterr().err
+
+
+def test_a_pool_as_files_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "p.jsonl", tmp_path / "again.jsonl"
+    later = {"id": "q#r1", "question_id": "q", "round": 1}
+    write_pool(first, [attempt("x", completion_tokens=3), attempt("y", "wrong", sample=1), attempt("z", **later)])
+    files = [part for name in ("requests", "samples", "verdicts") for part in (f"--{name}", str(tmp_path / name))]
+    assert pool.main(["files", "--pool", str(first), *files]) == 0
+    assert "2 requests in" in (shown := capsys.readouterr().out) and "3 samples in" in shown
+    assert pool.main(["add", *files, "--out", str(second)]) == 0
+    kept = [{**row, "round": 0, "question_id": row["id"]} for row in rows_of(first)]
+    assert rows_of(second) == kept
+    write_pool(first, [attempt("x"), attempt("y", sample=1, prompt="Q?")])
+    assert pool.main(["files", "--pool", str(first), *files]) == 2
+    assert "'q' has several prompts" in capsys.readouterr().err
 
 
 def test_an_answer_that_went_on_from_a_beginning_is_whole(tmp_path: Path) -> None:
     files = write_answers(tmp_path, {"a": [(" three.", "correct")]}, prefixes={"a": "It is"})
     out = tmp_path / "p.jsonl"
-    assert pool.main([*files, "--out", str(out)]) == 0
+    assert pool.main(["add", *files, "--out", str(out)]) == 0
     assert read_pool(out)[0].text == "It is three."
 
 
@@ -74,5 +91,5 @@ def test_rows_that_are_no_pool(
     row = attempt("x").row()
     write_rows(path, [row, {**row, **change}])
     files = write_answers(tmp_path, {"a": [("1", "correct")]})
-    assert pool.main([*files, "--earlier", str(path), "--out", str(tmp_path / "o.jsonl")]) == 2
+    assert pool.main(["add", *files, "--earlier", str(path), "--out", str(tmp_path / "o.jsonl")]) == 2
     assert f"{path}:2: " in (error := capsys.readouterr().err) and words in error

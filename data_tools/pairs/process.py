@@ -4,9 +4,10 @@
         --require-correct chosen --out pairs.jsonl
 
 Scores: JSON Lines of `id`, `sample` (both as in the answers; without `sample` the id ends in "#<sample>"), `score`, and
-`step_scores`, a list from 0 to 1. r is `score`, or with --aggregate the mean, min, last or product of the step scores
-(SIPF: mean). --require-correct chosen (default): the chosen answer is judged right; both: and the rejected one wrong;
-none: the reward alone decides. Widest apart first, unless --pick random. Nothing is scored here.
+`step_scores`, a list from 0 to 1 (null and [] of an answer that has none). r is `score`, or with --aggregate the mean,
+min, last or product of the step scores (SIPF: mean). --require-correct chosen (default): the chosen answer is judged
+right; both: and the rejected one wrong; none: the reward alone decides. Widest apart first, unless --pick random.
+Nothing is scored here.
 """
 
 import argparse
@@ -68,6 +69,8 @@ def read_scores(path: str, aggregate: str | None) -> dict[tuple[str, int], float
             raise DataError(path, line, field="sample", problem=f"expected a whole number, got {sample!r:.40}")
         if (name, sample) in found:
             raise DataError(path, line, field="sample", problem=f"answer {sample} of '{name}' is scored twice")
+        if value.get("score") is None and not value.get("step_scores"):  # an answer without text has no steps
+            return
         if aggregate is None:
             found[name, sample] = _number(value.get("score"), path, line, "score")
             return
