@@ -18,6 +18,7 @@ from pathlib import Path
 from eval import contamination
 from eval.compare import budget_line, compare_rows
 from eval.items import read_items
+from eval.prm import add_score_options
 from eval.report import comparison_table, headline, markdown_table
 from eval.run import prompt_rows, read_run, run, second_prompt_rows, write_prompt_rows
 from eval.run_settings import RunOptions
@@ -60,6 +61,8 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verifier-samples", help="decisions written elsewhere (`eval.main prompts --for verifier`)")
     parser.add_argument("--reward-model", help="best of n: the sample whose log-prob this model has raised most ...")
     parser.add_argument("--reward-reference", help="... over this one, that its training began from")
+    parser.add_argument("--prm", help="best of n and a weighted vote by this process reward model; as for eval.prm:")
+    add_score_options(parser, "prm-")
     parser.add_argument("--baseline", help="folder of another run on the same items, compared in the report")
     parser.add_argument("--limit", type=int, help="only the first N items")
     parser.add_argument("--dtype", choices=["bf16", "float32"], help="default: bf16 to draw, float32 to score texts")

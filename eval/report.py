@@ -155,6 +155,10 @@ def _result_rows(result: Mapping[str, Any]) -> list[Cells]:
         rows.append(("items that the verifier was asked about, and decided", f"{own['asked']}, {own['decided']}"))
     if "best_of_n" in result:
         rows.append((f"best of {result['samples']['n']} by reward", _ranged(result["best_of_n"])))
+    for name, own in result.get("prm", {}).items():
+        title = {"best_of_n": "best of n", "weighted_vote": "vote weighted"}[name]
+        rows.append((f"{title} by process rewards, over {result['samples']['n']} samples", _ranged(own)))
+        rows.append((f"{title} by process rewards - {result['metric']}", _ranged(own["over_vote"])))
     if "audit" in result:
         own = result["audit"]
         rows.append(("judged samples in audit.jsonl, checked by a person", f"{own['rows']}, {own['checked']}"))

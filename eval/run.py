@@ -5,7 +5,8 @@
         verifier_prompts.jsonl, verifier_samples.jsonl   the same of the verifier
         judge_scores.jsonl   log-probs of the judge's verdicts (not with --judge-samples)
         audit.jsonl     some judged samples for a person to judge too (free)
-        programs.jsonl   verdicts of programs (code), reward_scores.jsonl, reward_reference_scores.jsonl   best of n
+        programs.jsonl   verdicts of programs (code), reward_scores.jsonl, reward_reference_scores.jsonl,
+        prm_scores.jsonl   best of n
         scores.jsonl, reference_scores.jsonl   log-probs of pairs (preference)
         items.jsonl     a row an item: answer, verdicts, log-probs
         report.json, report.md, report.html
@@ -28,7 +29,7 @@ from data_tools.samples import Sample, digest_of, messages_of, read_samples
 from data_tools.tokenizer import load_tokenizer
 from eval import sample
 from eval.answers import item_row, judged_rows, samples_by_item
-from eval.best_of_n import answered_items, logps_rows, with_best
+from eval.best_of_n import answered_items, logps_rows, prm_rows, with_best, with_prm
 from eval.compare import budget_line, check_same_items, compare_rows
 from eval.elsewhere import answers_to
 from eval.item_log import ItemLog, Row, read_rows
@@ -46,9 +47,18 @@ from eval.judge import (
 )
 from eval.loglikelihood import option_groups
 from eval.report import write_report
-from eval.run_settings import RunOptions, check_options, dtype_of, settings_of, take_up
+from eval.run_settings import (
+    RunOptions,
+    check_options,
+    dtype_of,
+    prm_aggregation,
+    prm_splitter,
+    settings_of,
+    take_up,
+)
 from eval.sampling import SamplingOptions
 from eval.scoring import likelihood_rows, pair_rows, preference_row
+from eval.step_scores import load_reward_model
 from eval.summary import SEED, summarise
 from eval.task import GENERATED, Task, load_task, with_few_shot
 from eval.verifier import decided, undecided, verifier_prompts
@@ -184,6 +194,8 @@ def _generated_rows(task: Task, options: RunOptions, items: Sequence[Item]) -> l
         rows = _verified(task, options, items, rows, samples)
     if options.reward_model is not None:
         rows = _rewarded(task, options, items, rows, samples)
+    if options.prm is not None:
+        rows = _with_steps_scored(task, options, items, rows, samples)
     with ItemLog(out / "items.jsonl", fresh=True) as log:
         for row in rows:
             log.append(row)
@@ -225,6 +237,26 @@ def _rewarded(
     path = out / "reward_reference_scores.jsonl"
     reference = _score(task, options, path, texts, options.reward_reference, logps_rows)
     return [with_best(row, samples[row["id"]], policy.get(row["id"]), reference.get(row["id"])) for row in rows]
+
+
+def _with_steps_scored(
+    task: Task,
+    options: RunOptions,
+    items: Sequence[Item],
+    rows: Sequence[Row],
+    samples: Mapping[str, Sequence[Sample]],
+) -> list[Row]:
+    """The rows with what a process reward model says of the samples."""
+    assert options.prm is not None
+    texts, split = answered_items(items, samples), prm_splitter(options)
+    with ItemLog(Path(options.out) / "prm_scores.jsonl") as log, StopRequest() as stop:
+        missing = [item for item in texts if item.id not in log.rows]
+        if missing:
+            reward = load_reward_model(options.prm, dtype=dtype_of(task, options))
+            _fill(log, prm_rows(missing, options.data, reward, split, stop.asked), [item.id for item in texts], stop)
+        scored = log.rows
+    how = prm_aggregation(options)
+    return [with_prm(row, samples[row["id"]], scored.get(row["id"]), how) for row in rows]
 
 
 def _samples_file(task: Task, options: RunOptions, items: Sequence[Item]) -> Path:

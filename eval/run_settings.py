@@ -17,7 +17,10 @@ from data_tools.chat_template import load_chat_template
 from data_tools.disk import user_cache
 from data_tools.file_digests import FileDigests, hash_file
 from data_tools.samples import read_samples
+from data_tools.steps import Unit
 from data_tools.tokenizer import load_tokenizer
+from eval.prm import splitter
+from eval.step_scores import Splitter, table_of
 from eval.task import GENERATED, WITH_VOTE, Task
 from trainer.errors import RunError, UserError
 from trainer.reference_cache import weights_digest
@@ -27,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "data_tools", "trainer", "eval")
 ELSEWHERE = ("samples", "judge_samples", "verifier_samples")
 """Options that name files of samples."""
+PRM_OPTIONS = ("prm_split", "prm_pattern", "prm_answer_line", "prm_aggregate")
 RESULTS = (
     "samples.jsonl",
     "items.jsonl",
@@ -36,6 +40,7 @@ RESULTS = (
     "audit.jsonl",
     "reward_scores.jsonl",
     "reward_reference_scores.jsonl",
+    "prm_scores.jsonl",
     "scores.jsonl",
     "reference_scores.jsonl",
 )
@@ -59,6 +64,12 @@ class RunOptions:
     verifier_samples: str | None = None
     reward_model: str | None = None
     reward_reference: str | None = None
+    prm: str | None = None
+    """Folder of a process reward model; how it is used, as eval.prm has it: None is its default."""
+    prm_split: Unit | None = None
+    prm_pattern: str | None = None
+    prm_answer_line: str | None = None
+    prm_aggregate: str | None = None
     baseline: str | None = None
     limit: int | None = None
     dtype: str | None = None
@@ -73,6 +84,7 @@ class RunOptions:
 def check_options(task: Task, options: RunOptions) -> None:
     """Raises UserError for options that do not go together, or not with the task."""
     drawn = task.kind in GENERATED
+    of_prm = [name for name in PRM_OPTIONS if getattr(options, name) is not None]
     judge, verifier = options.judge or options.judge_samples, options.verifier or options.verifier_samples
     for wrong, problem in (
         (options.samples and not drawn, f"--samples: kind {task.kind} draws no samples"),
@@ -87,10 +99,24 @@ def check_options(task: Task, options: RunOptions) -> None:
         (options.verifier and options.verifier_samples, "--verifier-samples: is in place of --verifier; leave one out"),
         (bool(options.reward_model) != bool(options.reward_reference), "--reward-model needs --reward-reference"),
         (options.reward_model and not drawn, f"--reward-model: kind {task.kind} draws no samples"),
+        (options.prm and not drawn, f"--prm: kind {task.kind} draws no samples"),
+        (of_prm and not options.prm, f"--{of_prm[0].replace('_', '-')}: only with --prm" if of_prm else ""),
         (options.limit is not None and options.limit < 1, "--limit: must be 1 or more"),
     ):
         if wrong:
             raise UserError(problem)
+    prm_splitter(options)
+
+
+def prm_splitter(options: RunOptions) -> Splitter:
+    """How answers are cut for --prm. Raises UserError."""
+    return splitter(options.prm_split, options.prm_pattern, options.prm_answer_line, "prm-")
+
+
+def prm_aggregation(options: RunOptions) -> str:
+    """How the scores of steps become one of an answer. Raises ModelError where --prm has no reward head."""
+    assert options.prm is not None
+    return options.prm_aggregate or table_of(options.prm).aggregation
 
 
 def dtype_of(task: Task, options: RunOptions) -> str:
@@ -107,7 +133,7 @@ def settings_of(task: Task, options: RunOptions) -> dict[str, Any]:
         "data_sha256": hash_file(options.data) if Path(options.data).is_file() else None,
         "dtype": dtype_of(task, options),
     }
-    for name in ("model", "reference", "verifier", "judge", "reward_model", "reward_reference"):
+    for name in ("model", "reference", "verifier", "judge", "reward_model", "reward_reference", "prm"):
         folder = getattr(options, name)
         if folder is not None:
             template = load_chat_template(folder, options.chat_template if name in ("model", "reference") else None)
@@ -120,6 +146,9 @@ def settings_of(task: Task, options: RunOptions) -> dict[str, Any]:
             if not Path(path).is_file():
                 raise UserError(f"{path}: no such file")
             identity[f"{name}_sha256"] = hash_file(path)
+    if options.prm is not None:
+        own = {name: getattr(options, name) for name in PRM_OPTIONS}
+        identity["prm"] = own | {"prm_aggregate": prm_aggregation(options)}
     digests.save()
     shown = {
         name: value for name, value in asdict(options).items() if value is not None and name not in ("out", "task")

@@ -28,6 +28,8 @@ from trainer.models.hf_weights import REWARD_HEAD, load_decoder
 from trainer.prm import PrmTable, read_table
 from trainer.startup import check_vocabulary
 
+NO_HEAD = "has no reward head; train one with train.objective = prm (docs/prm.md)"
+
 
 @dataclass(frozen=True)
 class Splitter:
@@ -93,6 +95,14 @@ class RewardModel:
                 yield index, [next(parts).tolist() for _ in groups[index].lengths[1:]]
 
 
+def table_of(folder: str | Path) -> PrmTable:
+    """What the reward model in a folder says of itself. Raises ModelError where there is none."""
+    table = read_table(folder)
+    if table is None:
+        raise ModelError(folder, NO_HEAD)
+    return table
+
+
 def load_reward_model(
     folder: str | Path, *, adapter: str | Path | None = None, dtype: str = "float32", chat_template: str | None = None
 ) -> RewardModel:
@@ -103,9 +113,9 @@ def load_reward_model(
         has_head = any(name.startswith(REWARD_HEAD) for name in headers(folder))
     else:
         has_head = bool(lora_files.read_head(adapter))
-    table = read_table(adapter or folder)
-    if table is None or not has_head:
-        raise ModelError(adapter or folder, "has no reward head; train one with train.objective = prm (docs/prm.md)")
+    table = table_of(adapter or folder)
+    if not has_head:
+        raise ModelError(adapter or folder, NO_HEAD)
     numerics.prepare_process()
     numerics.set_up(threads=None, deterministic=True, matmul="highest")
     compute = numerics.COMPUTE_DTYPES[dtype]

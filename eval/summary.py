@@ -19,6 +19,7 @@ from eval.stats import (
     macro_interval,
     macro_wilson,
     micro_average,
+    paired_bootstrap,
     pass_at_k,
     wilson_interval,
 )
@@ -64,6 +65,8 @@ def summarise(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
         }
     if "best_score" in rows[0]:
         result["best_of_n"] = _share([row["best_score"] for row in rows])
+    if "prm_best_score" in rows[0]:
+        result["prm"] = _prm(rows)
     if task.kind in WITH_OPTIONS:
         result["chance"] = sum(1 / row["options"] for row in rows) / len(rows)
     if task.kind == "choice_logprob":
@@ -72,6 +75,17 @@ def summarise(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
         margin = bootstrap_mean([row["margin"] for row in rows], seed=SEED)
         result["margin_nats"] = _interval(margin)
     return result | (_samples(task, rows) if "verdicts" in rows[0] else {})
+
+
+def _prm(rows: Sequence[Row]) -> dict[str, Any]:
+    """Best of n by a process reward model and the vote weighted by it, where there is a vote; each beside the vote."""
+    found: dict[str, Any] = {}
+    for name, column in (("best_of_n", "prm_best_score"), ("weighted_vote", "prm_vote_score")):
+        if column in rows[0]:
+            own = [row[column] for row in rows]
+            over = paired_bootstrap([row["score"] for row in rows], own, seed=SEED)
+            found[name] = _share(own) | {"over_vote": _interval(over)}
+    return found
 
 
 def group_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:

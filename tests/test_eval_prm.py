@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_fixtures import read_json, write_rows
+from eval_fixtures import read_json, read_log, write_rows, write_samples
+from eval_fixtures import run as evaluate_run
 from prm_fixtures import write_steps
 from run_fixtures import arguments, run_here, torch_settings_kept
 
@@ -17,6 +18,7 @@ from data_tools.jsonl import read_records
 from data_tools.samples import Prompt, Sample, prompt_digest, row_of
 from data_tools.tokenizer import load_tokenizer
 from eval import prm
+from eval.best_of_n import with_prm
 from eval.prm_numbers import MEASURES, differences, measures, numbers
 from eval.step_scores import Splitter, load_reward_model
 from trainer.batch import build_stream
@@ -218,3 +220,75 @@ def test_prompts_and_samples_are_put_together() -> None:
     ]  # fmt: skip
     ((answers, taken),) = prm.collect_answers(prompts, samples, "S")
     assert (answers.id, answers.texts, taken, answers.line) == ("a", ("It", "Its"), (2, 0), 3)
+
+
+# --- best of n -------------------------------------------------------------------------------------------------------
+
+
+def said(number: int, text: str) -> Sample:
+    return Sample(
+        id="x", sample=number, text=text, finish_reason="stop", model="m", settings_digest="s", prompt_digest="p"
+    )
+
+
+def item_row(verdicts: list[tuple[str, str | None]], **more: object) -> dict:
+    return {"id": "x", "verdicts": [{"verdict": said, "extracted": read} for said, read in verdicts], **more}
+
+
+def test_best_of_n_and_the_weighted_vote_by_hand() -> None:
+    """Means 0.25, 0.875, 0.4, 0.75: the second is best. B has 1.0 against C's 0.875; the third cannot be read."""
+    samples = [said(k, text) for k, text in enumerate(["b", "c", "?", "b", " "])]
+    verdicts = [("correct", "B"), ("wrong", "C"), ("invalid", None), ("correct", "B"), ("invalid", None)]
+    scored = {"step_scores": [[0.125, 0.375], [0.875], [0.4, 0.4], [0.75]]}
+    row = with_prm(item_row(verdicts, votes={"B": 2, "C": 1}), samples, scored, "mean")
+    assert row["prm_scores"] == [0.25, 0.875, 0.4, 0.75, None]
+    assert (row["prm_best"], row["prm_best_score"]) == (1, 0.0)
+    assert (row["prm_answer"], row["prm_vote_score"]) == ("B", 1.0)
+    by_min = with_prm(item_row(verdicts, votes={}), samples, scored, "min")
+    assert (by_min["prm_best"], by_min["prm_answer"]) == (1, "B"), "0.125 + 0.75 is as much as 0.875: B came first"
+    programs = with_prm(item_row(verdicts), samples, scored, "mean")
+    assert "prm_answer" not in programs and programs["prm_best"] == 1
+    nothing = with_prm(item_row(verdicts, votes={}), samples, None, "mean")
+    assert (nothing["prm_best"], nothing["prm_best_score"], nothing["prm_vote_score"]) == (None, 0.0, 0.0)
+
+
+def test_a_task_with_a_process_reward_model(
+    runs: dict[str, Path], tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The item's log and the report, from samples drawn elsewhere; a second start scores nothing and says the same."""
+    rows = [{"id": name, "question": f"{name}?", "gold": answer} for name, answer in (("p", "7"), ("q", "8"))]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    task = tmp_path / "task.toml"
+    words = (
+        'name = "sums"\nkind = "numeric"\n[fields]\nanswer = "gold"\n[prompt]\ntext = "{question}"\n[sampling]\nn = 3\n'
+    )
+    task.write_text(words)
+    texts = {
+        "p": ["3 + 4 = 7\nThe answer is 7.", "The answer is 6.", "2\nThe answer is 6."],
+        "q": ["8", "", "The answer is 8."],
+    }
+    samples = write_samples(tmp_path / "S.jsonl", texts)
+    more = ("--samples", samples, "--prm", runs["hard"] / "export")
+    assert evaluate_run(task, data, tmp_path / "out", "--samples", samples, "--prm-split", "line") == 2
+    assert "--prm-split: only with --prm" in capsys.readouterr().err
+    assert evaluate_run(task, data, tmp_path / "none", "--samples", samples, "--prm", tiny_model_dir) == 2
+    assert "has no reward head" in capsys.readouterr().err
+    assert evaluate_run(task, data, tmp_path / "out", *more) == 0
+    log = read_log(tmp_path / "out" / "items.jsonl")
+    assert log["q"]["prm_scores"][1] is None and log["q"]["prm_vote_score"] == 1.0
+    scored = read_log(tmp_path / "out" / "prm_scores.jsonl")["p"]["step_scores"]
+    assert [len(steps) for steps in scored] == [1, 1, 1]
+    assert log["p"]["prm_scores"] == pytest.approx([steps[0] for steps in scored])
+    assert log["p"]["prm_best"] == int(np.argmax(log["p"]["prm_scores"]))
+    result = read_json(tmp_path / "out" / "report.json")["result"]["prm"]
+    for name, column in (("best_of_n", "prm_best_score"), ("weighted_vote", "prm_vote_score")):
+        assert result[name]["value"] == (log["p"][column] + log["q"][column]) / 2
+        assert result[name]["over_vote"]["value"] == pytest.approx(
+            result[name]["value"] - (log["p"]["score"] + log["q"]["score"]) / 2
+        )
+    assert "best of n by process rewards, over 3 samples" in (tmp_path / "out" / "report.md").read_text()
+    before = (tmp_path / "out" / "prm_scores.jsonl").read_bytes()
+    assert evaluate_run(task, data, tmp_path / "out", *more) == 0
+    assert (tmp_path / "out" / "prm_scores.jsonl").read_bytes() == before
+    assert evaluate_run(task, data, tmp_path / "out", *more, "--prm-aggregate", "min") == 2
+    assert "holds a run with another prm" in capsys.readouterr().err
