@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_tools.lint_features import GROUPS, measure, names_of
+from data_tools.lint_features import GROUPS, measure, names_of, without_end_tokens
 from data_tools.lint_phrases import Phrases, find_closings, find_phrases
 
 FOLDS = 5
@@ -117,7 +117,7 @@ def fit(difference: np.ndarray, *, ridge: float = RIDGE) -> np.ndarray:
         curve[np.diag_indices_from(curve)] += ridge
         step = np.linalg.solve(curve, gradient)
         weights -= step
-        if np.abs(step).max(initial=0.0) < 1e-6:
+        if np.abs(step).max(initial=0.0) < 1e-4:
             break
     return weights
 
@@ -128,6 +128,7 @@ class _Features:
     def __init__(self, chosen: Sequence[str], rejected: Sequence[str]) -> None:
         self.pairs = len(chosen)
         measured = measure(chosen), measure(rejected)
+        chosen, rejected = list(map(without_end_tokens, chosen)), list(map(without_end_tokens, rejected))
         self.values: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for group in measured[0]:
             (left, counts), (right, other_counts) = (side[group] for side in measured)

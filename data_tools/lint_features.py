@@ -261,12 +261,19 @@ GROUPS = ("length", "case", "punctuation", "language", "format", "answer", "phra
 """In the order of reports. `phrase` and a part of `ending` are words, found by `lint_phrases`."""
 
 
+def without_end_tokens(text: str) -> str:
+    """A text without the end tokens left in it: its ending tells them, not the marks and letters they are made of."""
+    return END_TOKEN.sub("", text) if "<" in text or "[" in text else text
+
+
 def measure(texts: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Group to (values, counts), each (texts, features of the group) float64; a value is a count by its size."""
-    counts = [Counter(text) for text in texts]
+    bare = list(map(without_end_tokens, texts))
+    counts = [Counter(text) for text in bare]
     found = {}
     for group, (function, _) in MEASURES.items():
-        pairs = np.array([function(text, own) for text, own in zip(texts, counts, strict=True)], dtype=np.float64)
+        measured = texts if group == "ending" else bare
+        pairs = np.array([function(text, own) for text, own in zip(measured, counts, strict=True)], dtype=np.float64)
         found[group] = (pairs[..., 0] / pairs[..., 1], pairs[..., 0])
     return found
 

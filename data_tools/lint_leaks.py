@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,15 @@ from data_tools.pairs.leaks import leak_of
 from data_tools.questions import Question, id_of, question_id
 from data_tools.verify_number import NUMBER, parse_number, verify_number
 from data_tools.verify_option import choose
-from data_tools.verify_option_read import Options, label_index, read_options
+from data_tools.verify_option_read import Options, read_options
 from data_tools.verify_text import denied, normalise
 
 PURE = 0.8
 """A sentence of several prompts leaks where its answer is right for at least so many of their questions."""
 FIRST = 30
 """Questions that a sentence of many is tried on before it is tried on all."""
-SENTENCES = re.compile(r"(?<=[.!?。！？；])\s+|(?<=[。！？；])|\n+")
+SENTENCES = re.compile(r"(?<=[.!?。！？；])\s+|(?<=[。！？；])")
+"""Ends of sentences within a line."""
 LEAD = re.compile(
     r"answer|correct|right (?:option|choice|one)|solution|result|boxed|####"
     r"|\b(?:gold|key|hint|label|target|truth|reference)\b"
@@ -49,28 +51,26 @@ HINT = re.compile(
 CRITIQUE_FIELDS = ("critique", "text", "response")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Asked:
-    """A question with its options in the form in which texts are searched."""
+    """A question; its options in the form in which texts are searched are made when they are needed."""
 
     question: Question
-    options: Options | None
+
+    @cached_property
+    def options(self) -> Options | None:
+        return read_options(self.question.options) if self.question.kind == "option" else None
 
     @property
     def right(self) -> int:
-        assert self.options is not None
-        index = label_index(str(self.question.gold).casefold(), self.options)
-        assert index is not None  # read_questions checked the gold
-        return index
+        return list(self.question.options).index(str(self.question.gold))
 
 
 class Leaks:
     """The questions, ready to be looked up."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
-        self.by_id = {
-            own.id: _Asked(own, read_options(own.options) if own.kind == "option" else None) for own in questions
-        }
+        self.by_id = {own.id: _Asked(own) for own in questions}
         self.by_text = {folded(str(own.values["question"])): own.id for own in questions}
 
     def of(self, row: PairRow) -> Question | None:
@@ -92,14 +92,15 @@ class Leaks:
         for sentence, held in holders.items():
             for name in self._given_away(sentence, held):
                 why.setdefault(name, sentence)
+        found = [row.id for row in rows if row.id in why]
         return share_check(
             "leak",
-            [row.id for row in rows if row.id in why],
+            found,
             len(asked),
             "prompts with a known question state its answer",
             limit=limit,
             remedy="take the answer out of the prompt",
-            more={"why": {name: why[name][:200] for name in list(why)[:20]}, "no_question": len(rows) - len(asked)},
+            more={"why": {name: why[name][:200] for name in found[:20]}, "no_question": len(rows) - len(asked)},
         )
 
     def _given_away(self, sentence: str, held: Mapping[str, str]) -> list[str]:
@@ -161,12 +162,21 @@ def _critique_text(row: Mapping[str, Any], path: str | Path, line: int) -> str:
 
 
 def _candidates(text: str, asked: _Asked) -> Iterator[str]:
-    """Sentences that could state an answer: with a word like "answer", or nothing but a label."""
-    labels = () if asked.options is None else asked.options.labels
-    for sentence in SENTENCES.split(text):
-        bare = sentence.strip(" \t*_()[].:\"'")
-        if bare in labels or LEAD.search(sentence):
-            yield sentence.strip()
+    """Sentences that could state an answer: with a word like "answer", or nothing but a label; no option's own line."""
+    options = asked.question.options
+    own_lines = {_bare(f"{label}{text}") for label, text in options.items()} | {
+        _bare(text) for text in options.values()
+    }
+    for line in text.splitlines():
+        if _bare(line) in own_lines and not HINT.match(line):
+            continue
+        for sentence in SENTENCES.split(line):
+            if LEAD.search(sentence) or sentence.strip(" \t*_()[].:\"'") in options:
+                yield sentence.strip()
+
+
+def _bare(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))
 
 
 def _states(sentence: str, asked: _Asked) -> bool:
@@ -187,24 +197,32 @@ def _states(sentence: str, asked: _Asked) -> bool:
 
 def _marked(text: str, asked: _Asked) -> str:
     """The right option's line, where it alone of the options' lines looks different from the others."""
-    if asked.options is None:
-        return ""
-    around: dict[int, tuple[str, str]] = {}
-    texts = list(asked.question.options.values())
-    for line in text.splitlines():
-        for index, (label, own) in enumerate(zip(asked.options.labels, texts, strict=True)):
-            pattern = rf"^(.{{0,12}}?){re.escape(str(label))}(\W{{1,6}}){re.escape(own.strip())}(.{{0,30}})$"
-            match = re.match(pattern, line.strip())
-            if match:
-                frame = (match[1].strip() + match[2].strip(), match[3].strip(" .。\t"))
-                if around.setdefault(index, frame) != frame:
+    options = asked.question.options
+    around: dict[str, tuple[str, str]] = {}
+    for line in text.splitlines() if options else ():
+        for label, own in options.items():
+            frame = _frame(line.strip(), label, own.strip())
+            if frame is not None:
+                if around.setdefault(label, frame) != frame:
                     return ""  # listed twice, as in an example of the format: no list to compare
                 break
-    others = {frame for index, frame in around.items() if index != asked.right}
-    own_frame = around.get(asked.right)
-    if own_frame is None or len(around) < max(3, len(texts)) or len(others) != 1 or own_frame in others:
+    right = around.get(str(asked.question.gold))
+    others = {frame for label, frame in around.items() if label != asked.question.gold}
+    if right is None or len(around) < max(3, len(options)) or len(others) != 1 or right in others:
         return ""
-    return f"marks the right option: {' '.join(own_frame)}"
+    return f"marks the right option: {' '.join(right)}"
+
+
+def _frame(line: str, label: str, text: str) -> tuple[str, str] | None:
+    """What stands before and after an option's label and text in its line; None where the line is another."""
+    end = line.rfind(text) if text else -1
+    start = line.find(label, 0, max(0, end))
+    if start < 0:
+        return None
+    before, between, after = line[:start], line[start + len(label) : end], line[end + len(text) :]
+    if len(before) > 12 or len(after) > 30 or not 1 <= len(between) <= 6 or any(map(str.isalnum, between)):
+        return None
+    return before.strip() + between.strip(), after.strip(" .。\t")
 
 
 def _named_number(spelt: str, asked: _Asked) -> str:

@@ -51,9 +51,9 @@ def read_rows(path: str | Path) -> list[PairRow]:
     def check(item: tuple[int, object]) -> PairRow:
         line, value = item
         if isinstance(value, dict) and "chosen" in value and value["chosen"] == value.get("rejected"):
-            # One side alone is checked; the pair is kept to be counted.
-            record = check_record(value, kind="sft", path=path, line=line)
-            completions: Sequence[Text] = record.completions * 2
+            # Checked as if the sides differed; the pair is kept to be counted.
+            record = check_record({**value, "rejected": _other(value["chosen"])}, kind="pair", path=path, line=line)
+            completions: Sequence[Text] = record.completions[:1] * 2
         else:
             record = check_record(value, kind="pair", path=path, line=line)
             completions = record.completions
@@ -63,6 +63,15 @@ def read_rows(path: str | Path) -> list[PairRow]:
         return _row(record.id, line, record.prompt, completions, value, path)
 
     return check_each(iter_jsonl(path), check)
+
+
+def _other(side: Any) -> Any:
+    """The side with one more character, where it is text or messages; else as it is, for the check to refuse."""
+    if isinstance(side, str):
+        return f"{side}."
+    if isinstance(side, list) and side and isinstance(side[-1], dict) and isinstance(side[-1].get("content"), str):
+        return [*side[:-1], {**side[-1], "content": f"{side[-1]['content']}."}]
+    return side
 
 
 def _row(

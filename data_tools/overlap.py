@@ -74,10 +74,14 @@ class Findings:
 
 @dataclass(slots=True)
 class _Item:
+    """least: short grams that a row must share with it before a long one can stand there; length: of the long ones."""
+
     id: str
     line: int
     units: int
     shingles: int
+    length: int
+    least: int
     judged: bool = True
     best: float = 0.0
     place: tuple[str, str] = ("", "")
@@ -97,8 +101,7 @@ def units_of(text: str, unit: Unit = "auto") -> tuple[list[str], str]:
 
 def grams_of(units: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
     """All runs of n units, in order."""
-    for start in range(len(units) - n + 1):
-        yield tuple(units[start : start + n])
+    yield from zip(*(units[start:] for start in range(n)), strict=False)
 
 
 def common_limit(texts: int) -> int:
@@ -177,7 +180,8 @@ class _Index:
         number = len(self.items)
         shingles = set(grams_of(units, SHINGLE[kind]))
         grams = set(grams_of(units, length))
-        self.items.append(_Item(_id_of(row, path, line), line, len(units), len(shingles)))
+        least = min(len(set(grams_of(gram, SHINGLE[kind]))) for gram in grams)
+        self.items.append(_Item(_id_of(row, path, line), line, len(units), len(shingles), length, least))
         for shingle in shingles:
             self.shingles[kind][shingle].append(number)
         by_gram = self.grams[kind].setdefault(length, defaultdict(list))
@@ -190,6 +194,8 @@ class _Index:
 
         A long gram that is mostly made of common short ones is forgotten too: an instruction's end and a first word.
         """
+        for item in self.items:
+            item.least = item.length
         for kind, by_shingle in self.shingles.items():
             common = {shingle for shingle, held in by_shingle.items() if len(held) > limit}
             for shingle in common:
@@ -197,9 +203,13 @@ class _Index:
                     self.items[number].shingles -= 1
             for by_gram in self.grams[kind].values():
                 for gram in list(by_gram):
-                    inner = [shingle in common for shingle in grams_of(gram, SHINGLE[kind])]
-                    if 2 * sum(inner) > len(inner):
+                    inner = list(grams_of(gram, SHINGLE[kind]))
+                    if 2 * sum(shingle in common for shingle in inner) > len(inner):
                         del by_gram[gram]
+                        continue
+                    own = len(set(inner) - common)
+                    for number in by_gram[gram]:
+                        self.items[number].least = min(self.items[number].least, own)
         for item in self.items:
             item.judged = item.shingles >= LEAST_OWN
         return sum(not item.judged for item in self.items)
@@ -219,9 +229,10 @@ class _Index:
                 item = self.items[number]
                 if item.judged and count / item.shingles > item.best:
                     item.best, item.place = count / item.shingles, (place, name)
-            if not shared:  # a run has LEAST units or more, so it holds a short gram
-                continue
-            for length, by_gram in self.grams[kind].items():
+            # A row that holds a long gram holds all short ones within it.
+            lengths = {item.length for number, count in shared.items() if count >= (item := self.items[number]).least}
+            for length in sorted(lengths):
+                by_gram = self.grams[kind][length]
                 self._runs(units, length, by_gram, (place, name))
 
     def _runs(
