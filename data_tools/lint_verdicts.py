@@ -19,6 +19,8 @@ from data_tools.questions import RULE_KINDS, Question, judge
 
 LEAST_OF_SOURCE = 50
 """A source with fewer pairs gets no AUC of its own."""
+MOST_OF_SOURCE = 500
+"""And not more than so many are fitted: enough for an interval of 0.04 to either side."""
 NOBODY = "unjudged"
 
 
@@ -91,8 +93,8 @@ def verdict_checks(judged: Sequence[Judged], by_rule: int, limit: float) -> list
 def sources_table(rows: Sequence[PairRow], judged: Sequence[Judged], *, sample: Sequence[int], seed: int) -> list[Any]:
     """A row for each source, largest first: pairs, share, prompts, mean characters by side, verdicts, AUC.
 
-    auc: of all surface features together, fitted on the source's pairs alone; None below LEAST_OF_SOURCE of them in
-    `sample`, the indexes of rows that features are looked at in.
+    auc: of all surface features together, fitted on the source's pairs alone, at most MOST_OF_SOURCE; None below
+    LEAST_OF_SOURCE of them in `sample`, the indexes of rows that features are looked at in.
     """
     members: Mapping[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
@@ -121,7 +123,7 @@ def sources_table(rows: Sequence[PairRow], judged: Sequence[Judged], *, sample: 
 
 def _auc_of(rows: Sequence[PairRow], own: Sequence[int], sources: int, seed: int) -> dict[str, Any]:
     """`auc`, `low`, `high` of one source among several."""
-    few = [rows[index] for index in own if not rows[index].same]
+    few = [rows[index] for index in own[:: -(-len(own) // MOST_OF_SOURCE) or 1]]
     groups = groups_of(few)
     if sources < 2 or len(few) < LEAST_OF_SOURCE or len(set(groups)) < 2:
         return {"auc": None, "low": None, "high": None}
