@@ -149,19 +149,25 @@ def test_the_head_keeps_what_is_counted(stash: bool, dtype: torch.dtype) -> None
     assert expected - gradient > 160 * 1024 * dtype.itemsize * (2 if stash else 1)
 
 
+@pytest.mark.parametrize("objective", ["dpo", "prm"])
 @pytest.mark.parametrize("dtype", ["float32", "bf16", "pure_bf16"])
-def test_what_stays_is_counted_tensor_by_tensor(dtype: str, tmp_path: Path) -> None:
-    model = random_decoder(tiny_config(tie_word_embeddings=True))
+def test_what_stays_is_counted_tensor_by_tensor(dtype: str, objective: str, tmp_path: Path) -> None:
+    """For prm of an untied model, whose own head is not trained."""
+    config = tiny_config(tie_word_embeddings=objective == "dpo")
+    model = random_decoder(config)
+    if objective == "prm":
+        model.add_reward_head(torch.float32)
     if dtype == "pure_bf16":
         model = model.to(torch.bfloat16)
     compute = torch.float32 if dtype == "float32" else torch.bfloat16
     masters = MasterWeights(model, compute_dtype=compute, pure=dtype == "pure_bf16")
     stream = build_stream([random_group((4, 3, 5))])
-    model(stream).sum().backward()
+    model(stream, output="logps" if objective == "dpo" else "rewards").sum().backward()
     masters.finish_backward()
     optimizer = AdamW(masters.masters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     optimizer.step()
-    plan = planned(tmp_path, f"train.dtype={dtype}")
+    settings = (f"train.dtype={dtype}", f"train.objective={objective}")
+    plan = plan_memory(config, config_of(tmp_path, *settings), WORK, 1)
     weights = {parameter.data_ptr(): parameter.nbytes for parameter in (*model.parameters(), *masters.masters)}
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert plan.parameters == sum(weights.values())

@@ -225,3 +225,23 @@ def test_outcomes_separators_and_a_dry_run(command, tmp_path: Path, capsys) -> N
     assert (table["labels"], table["separator"]) == ("outcome (last)", "<|endoftext|>")
     assert run_here(command(tmp_path / "dry", *settings, "run.dry_run=true")) == 0
     assert "largest micro-batch, scored tokens" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_smollm2_learns_which_sums_are_right(smollm2_dir: Path, tmp_path: Path) -> None:
+    """400 answers twice, LoRA: on held-out sums a right step scores above a wrong one far more often than by chance.
+
+    The bound is loose: one run of three passes over 600 answers reached 0.98 (docs/prm.md).
+    """
+    data = write_steps(tmp_path / "train.jsonl", 400)
+    held_out = write_steps(tmp_path / "eval.jsonl", 100, seed=1, start=10000)
+    argv = [
+        "trainer/configs/prm.toml",
+        f"--model.path={smollm2_dir}",
+        f"--data.train={data}",
+        f"--data.eval={held_out}",
+    ]
+    own = ("train.global_batch=16", "train.learning_rate=5e-4", "lora.dropout=0", "train.max_grad_norm=1")
+    assert run_here([*argv, f"--run.dir={tmp_path / 'run'}", *(f"--{item}" for item in own)]) == 0
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["eval_loss"] < LN2 - 0.1 and last["eval_step_auc"] > 0.75

@@ -11,6 +11,7 @@ import torch
 from conftest import CHATML
 from gguf_fixtures import random_model, write_model
 from model_fixtures import random_group
+from prm_fixtures import write_steps
 from run_fixtures import arguments, run_here, run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -171,6 +172,21 @@ def test_runs_on_a_gguf(gguf_model: tuple[Path, Path], tmp_path: Path, capsys: p
     assert losses(on)[0] == pytest.approx(LN2, abs=1e-5)
     again = run(tmp_path, "mode", folder, *packed, "reference.mode=model", "train.activation_checkpointing=full")
     assert losses(again) == pytest.approx(losses(found), rel=1e-5)
+
+
+def test_process_rewards_on_a_gguf(gguf_model: tuple[Path, Path], tmp_path: Path) -> None:
+    """The curve of the imported model, the reward head included, which no GGUF has: it begins as zeros."""
+    path, folder = gguf_model
+    steps = (f"data.train={write_steps(tmp_path / 'steps.jsonl')}", "train.objective=prm")
+    found = run(tmp_path, "packed", folder, *steps, "model.quantise=gguf", f"model.gguf={path}")
+    wanted = run(tmp_path, "plain", folder, *steps)
+    assert losses(found)[0] == pytest.approx(LN2, abs=1e-6) and abs(losses(found)[-1] - LN2) > 0.01
+    assert losses(found) == pytest.approx(losses(wanted), rel=1e-4)
+    heads = [
+        load_file(tmp_path / name / "export" / "model.safetensors")["reward_head.weight"]
+        for name in ("packed", "plain")
+    ]
+    torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.long

@@ -234,17 +234,15 @@ def plan_memory(
 def _staying_bytes(model: ModelConfig, config: Config, shards: int) -> dict[str, int]:
     """What a rank holds from the first step on: masters, working copies in the compute dtype where they differ from the
     masters, gradients, moments. A rank's rows of each tensor are rounded up, as FSDP2 pads them."""
-    named = parameter_shapes(model)
-    left = config.train.objective == "prm" and not model.tie_word_embeddings  # the language model's head: not trained
-    shapes = [shape for name, shape in named.items() if not (left and name == "lm_head.weight")]
+    each = 2 if config.train.dtype == "pure_bf16" else FLOAT32
+    shapes = _trained_shapes(model, config)
     held = sum(-(-shape[0] // max(1, shards)) * math.prod(shape[1:]) for shape in shapes)
     trained, frozen = sum(map(math.prod, shapes)), 0
-    if left:
-        frozen = FLOAT32 * -(-model.vocab_size // max(1, shards)) * model.hidden_size
+    if config.train.objective == "prm" and not model.tie_word_embeddings:  # the language model's head is left as it is
+        frozen = each * -(-model.vocab_size // max(1, shards)) * model.hidden_size
     if config.lora.enabled:
         sizes = adapter_sizes(model, config, shards)
         held, trained, frozen = sizes.own, sizes.whole, sizes.frozen
-    each = 2 if config.train.dtype == "pure_bf16" else FLOAT32
     copies = 2 * trained if config.train.dtype == "bf16" and not shards else 0
     return {
         "frozen": frozen,
@@ -253,6 +251,15 @@ def _staying_bytes(model: ModelConfig, config: Config, shards: int) -> dict[str,
         "gradients": held * each,
         "optimizer": 2 * held * each,
     }
+
+
+def _trained_shapes(model: ModelConfig, config: Config) -> list[tuple[int, ...]]:
+    """Of what is trained where all weights are: with a reward head, the language model's is not."""
+    named = parameter_shapes(model)
+    if config.train.objective != "prm":
+        return list(named.values())
+    kept = [shape for name, shape in named.items() if not name.startswith("lm_head.")]
+    return [*kept, (1, model.hidden_size), (1,)]
 
 
 def _reference_bytes(model: ModelConfig, config: Config, work: Work, shards: int, itemsize: int) -> int:
