@@ -14,6 +14,7 @@ from trainer import merge
 from trainer.entry import exit_code
 from trainer.metrics import read_metrics
 from trainer.models.hf_weights import load_decoder
+from trainer.models.inspection import inspect_model
 from trainer.report import draw
 
 PRM = ("train.objective=prm", "train.max_steps=6", "eval.every=3", "data.max_length=2048")
@@ -133,6 +134,9 @@ def test_the_export_is_the_trained_model_with_its_head(
     assert after.keys() - before.keys() == {"reward_head.weight", "reward_head.bias"} and before.keys() <= after.keys()
     assert after["reward_head.weight"].shape == (1, 64) and after["reward_head.weight"].abs().max() > 0
     torch.testing.assert_close(after["lm_head.weight"], before["lm_head.weight"], rtol=0, atol=0)
+    found = inspect_model(trained / "export")
+    assert any(line.startswith("reward head") for line in found.lines)
+    assert found.odd == inspect_model(tiny_model_dir).odd
     table = json.loads((trained / "export" / "config.json").read_text())["logratio_prm"]
     assert table == {"labels": "hard", "loss": "bce", "aggregation": "mean", "separator": None, "format": 1}
     found = loss_at_start(trained / "export", command, tmp_path / "on")

@@ -19,7 +19,7 @@ from trainer.errors import ModelError
 from trainer.export import headers
 from trainer.memory_plan import activation_bytes, parameter_shapes
 from trainer.models.config import ModelConfig, read_config
-from trainer.models.hf_weights import hf_name, iter_weights
+from trainer.models.hf_weights import REWARD_HEAD, hf_name, iter_weights
 
 TRAINING_BYTES = {"float32": 16, "bf16": 18, "pure_bf16": 8}
 """A parameter: weight, gradient, two moments; of bf16 the working copy too."""
@@ -97,6 +97,10 @@ def _describe_weights(found: Findings, config: ModelConfig, folder: Path, *, rea
         found.odd.append(str(error))
         return
     wanted = {hf_name(name): shape for name, shape in parameter_shapes(config).items()}
+    heads = [name for name in stored if name.startswith(REWARD_HEAD)]
+    if heads:
+        found.say("reward head", "yes: python -m eval.prm scores answers with it")
+    stored = {name: own for name, own in stored.items() if name not in heads}
     dtypes: Counter[str] = Counter()
     for name, (shape, dtype, _) in stored.items():
         dtypes["other kinds" if dtype is None else str(dtype).removeprefix("torch.")] += math.prod(shape)
