@@ -6,6 +6,7 @@ layer and into a norm, its two gradients are added in the norm's last pass, in f
 Letters: R rows (all leading axes), D width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,8 +54,7 @@ class _AddRMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: str
     ) -> tuple[Tensor, Tensor]:
-        forward = dispatch.triton_module("rms_norm").forward if impl == "triton" else _forward
-        total, normed, scale = forward(x, residual, weight, eps)
+        total, normed, scale = _forward_of(impl)(x, residual, weight, eps)
         ctx.impl = impl
         ctx.save_for_backward(total, weight, scale)
         ctx.set_materialize_grads(False)
@@ -70,6 +70,17 @@ class _AddRMSNorm(torch.autograd.Function):
             backward = dispatch.triton_module("rms_norm").backward if ctx.impl == "triton" else _backward
             grad_x, grad_weight = backward(total, weight, scale, grad, grad_total, ctx.needs_input_grad[2])
         return grad_x, grad_x if ctx.needs_input_grad[1] else None, grad_weight, None, None
+
+
+def _forward_of(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return dispatch.triton_module("rms_norm").forward if impl == "triton" else _forward
+
+
+def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: str) -> tuple[Tensor, Tensor]:
+    """(total, normed); without gradient not by way of autograd, which takes longer than a few rows do."""
+    if not torch.is_grad_enabled():
+        return _forward_of(impl)(x, residual, weight, eps)[:2]
+    return _AddRMSNorm.apply(x, residual, weight, eps, impl)
 
 
 def _check(operator: str, x: Tensor, weight: Tensor) -> None:
@@ -93,7 +104,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Te
     impl = dispatch.resolve(impl, x.device, x.dtype)
     if impl == "reference":
         return reference.rms_norm(x, weight, eps)
-    return _AddRMSNorm.apply(x, None, weight, eps, impl)[1]
+    return _run(x, None, weight, eps, impl)[1]
 
 
 def add_rms_norm(
@@ -115,4 +126,4 @@ def add_rms_norm(
     impl = dispatch.resolve(impl, x.device, x.dtype)
     if impl == "reference":
         return reference.add_rms_norm(x, residual, weight, eps)
-    return _AddRMSNorm.apply(x, residual, weight, eps, impl)
+    return _run(x, residual, weight, eps, impl)

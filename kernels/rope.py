@@ -5,6 +5,7 @@ rotation back, so neither x nor a temporary is kept. Frequencies and positions a
 Letters: T tokens, H heads, h head width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,22 +16,30 @@ from kernels import dispatch, reference
 from kernels.reference import compute_dtype
 
 
+def whole_head(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables of half a head, (..., h/2) each, as `rotate_whole` takes them, (..., h): where one pair serves many calls,
+    it need not be made in each."""
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate_whole(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rope` without gradient, by tables of `whole_head`, which broadcast to x (T, H, h)."""
+    wide = x.to(cos.dtype)
+    swapped = wide.roll(wide.shape[-1] // 2, -1)
+    return (wide * cos).addcmul_(swapped, sin).to(x.dtype)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     """(T, H, h), (T, h/2), (T, h/2) -> (T, H, h). Whole heads at once: on halves, PyTorch's inner loop is too short."""
-    sin = -sin if back else sin
-    wide = x.to(compute_dtype(x.dtype))
-    full_cos = torch.cat((cos, cos), dim=-1)[:, None].to(wide.dtype)
-    full_sin = torch.cat((-sin, sin), dim=-1)[:, None].to(wide.dtype)
-    first, second = wide.chunk(2, dim=-1)
-    swapped = torch.cat((second, first), dim=-1)
-    return (wide * full_cos).addcmul_(swapped, full_sin).to(x.dtype)
+    wide = compute_dtype(x.dtype)
+    return rotate_whole(x, *whole_head(cos.to(wide)[:, None], (-sin if back else sin).to(wide)[:, None]))
 
 
 class _ApplyRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, impl: str) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.rotate = dispatch.triton_module("rope").rotate if impl == "triton" else _rotate
+        ctx.rotate = _rotate_of(impl)
         return ctx.rotate(x, cos, sin, back=False)
 
     @staticmethod
@@ -38,6 +47,10 @@ class _ApplyRope(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return ctx.rotate(grad, cos, sin, back=True), None, None, None
+
+
+def _rotate_of(impl: str) -> Callable[..., Tensor]:
+    return dispatch.triton_module("rope").rotate if impl == "triton" else _rotate
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Tensor:
@@ -55,4 +68,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Te
     impl = dispatch.resolve(impl, x.device, x.dtype)
     if impl == "reference":
         return reference.apply_rope(x, cos, sin)
+    if not torch.is_grad_enabled():  # autograd takes longer than a few rows do
+        return _rotate_of(impl)(x, cos, sin, back=False)
     return _ApplyRope.apply(x, cos, sin, impl)

@@ -35,6 +35,12 @@ def _backward(
     return by_gate, active.mul_(grad), product
 
 
+def _run(gate: Tensor, up: Tensor, weight: Tensor | None, activation: str, impl: str) -> Tensor:
+    forward = dispatch.triton_module("swiglu_linear").forward if impl == "triton" else _forward
+    product = forward(gate, up, activation)
+    return product if weight is None else product @ weight.T
+
+
 class _Gated(torch.autograd.Function):
     """(gate, up, weight or None, activation, impl) -> act(gate) * up, times weight.T where there is one."""
 
@@ -42,9 +48,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor | None, activation: str, impl: str) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.activation, ctx.impl = activation, impl
-        forward = dispatch.triton_module("swiglu_linear").forward if impl == "triton" else _forward
-        product = forward(gate, up, activation)
-        return product if weight is None else product @ weight.T
+        return _run(gate, up, weight, activation, impl)
 
     @staticmethod
     @once_differentiable
@@ -89,6 +93,8 @@ def _gated(operator: str, activation: str, gate: Tensor, up: Tensor, weight: Ten
     if impl == "reference":
         product = reference.gated(gate, up, activation)
         return product if weight is None else product @ weight.T
+    if not torch.is_grad_enabled():  # autograd takes longer than a few rows do
+        return _run(gate, up, weight, activation, impl)
     return _Gated.apply(gate, up, weight, activation, impl)
 
 
