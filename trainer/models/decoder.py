@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels.linear_logps import linear_logps
 from kernels.reference import compute_dtype
 from kernels.rms_norm import add_rms_norm
-from kernels.rope import apply_rope
+from kernels.rope import apply_rope, rotate_whole, whole_head
 from kernels.swiglu_linear import geglu, geglu_linear, swiglu, swiglu_linear
 from trainer.batch import Stream
 from trainer.models.attention_form import stream_attend
@@ -75,24 +75,19 @@ class SelfAttention(nn.Module):
                 own = {"head": (config.head_dim,), "all": (count * config.head_dim,), "each": (count, config.head_dim)}
                 self.add_module(name, Norm(config, *own[config.qk_norm]))
 
-    def forward(self, x_TD: Tensor, shared: "SharedByLayers") -> Tensor:
+    def forward(self, x_TD: Tensor, shared: "Shared") -> Tensor:
         if self.fused:
             q, k, v = self.qkv_proj(x_TD).split(self.widths, dim=-1)
-            v = v.contiguous()  # a view would keep all of the product for the backward pass
+            if torch.is_grad_enabled():
+                v = v.contiguous()  # a view would keep all of the product for the backward pass
         else:
             q, k, v = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
         q_THh, k_TKh = self._heads(q, self.q_norm_name, shared), self._heads(k, self.k_norm_name, shared)
         v_TKh = v.unflatten(-1, (-1, self.head_dim))
-        tables, rope = shared.tables[self.layer.rope], self.layer.rope
-        if rope is None:
-            q_THh = q_THh * shared.scale
-        else:
-            q_THh = apply_rope(rope.halves(q_THh), tables.scaled_cos, tables.scaled_sin, impl=shared.impl)
-            k_TKh = apply_rope(rope.halves(k_TKh), tables.cos, tables.sin, impl=shared.impl)
-        out_THh = shared.attend[self.layer.window](q_THh, k_TKh, v_TKh)
+        out_THh = shared.attention(self.layer, q_THh, k_TKh, v_TKh)
         return getattr(self, self.output)(out_THh.flatten(-2))
 
-    def _heads(self, x: Tensor, norm: str, shared: "SharedByLayers") -> Tensor:
+    def _heads(self, x: Tensor, norm: str, shared: "Shared") -> Tensor:
         """(T, heads h) as (T, heads, h), normed where this family does so."""
         if self.qk_norm == "all":
             x = getattr(self, norm)(x, None, shared.impl)[1]
@@ -166,14 +161,14 @@ class Block(nn.Module):
         self.recompute: Callable | None = None
         """Runs a function so that the backward pass computes it again (trainer.parallelize); None: keep activations."""
 
-    def forward(self, x_TD: Tensor, added_TD: Tensor | None, shared: "SharedByLayers") -> tuple[Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, added_TD: Tensor | None, shared: "Shared") -> tuple[Tensor, Tensor]:
         """The residual stream is x + added, in and out: the sum is left to the norm that reads it next."""
         if self.recompute is None or not torch.is_grad_enabled():
             return self._run(x_TD, added_TD, shared)
         # one tensor is kept for each block, not two
         return self.recompute(self._run, _sum(x_TD, added_TD), None, shared)
 
-    def _run(self, x_TD: Tensor, added_TD: Tensor | None, shared: "SharedByLayers") -> tuple[Tensor, Tensor]:
+    def _run(self, x_TD: Tensor, added_TD: Tensor | None, shared: "Shared") -> tuple[Tensor, Tensor]:
         before_attention, after_attention, before_mlp, after_mlp = self.norms
         x_TD, normed_TD = self._enter(before_attention, x_TD, added_TD, shared)
         added_TD = self._leave(after_attention, self.self_attn(normed_TD, shared), shared)
@@ -183,7 +178,7 @@ class Block(nn.Module):
         return x_TD, self._leave(after_mlp, self.mlp(normed_TD, shared.impl), shared)
 
     def _enter(
-        self, norm: str | None, x_TD: Tensor, added_TD: Tensor | None, shared: "SharedByLayers"
+        self, norm: str | None, x_TD: Tensor, added_TD: Tensor | None, shared: "Shared"
     ) -> tuple[Tensor, Tensor]:
         """The residual stream, summed, and what attention or the MLP reads of it."""
         if norm is not None:
@@ -191,7 +186,7 @@ class Block(nn.Module):
         total_TD = _sum(x_TD, added_TD)
         return total_TD, total_TD
 
-    def _leave(self, norm: str | None, x_TD: Tensor, shared: "SharedByLayers") -> Tensor:
+    def _leave(self, norm: str | None, x_TD: Tensor, shared: "Shared") -> Tensor:
         return x_TD if norm is None else getattr(self, norm)(x_TD, None, shared.impl)[1]
 
 
@@ -215,27 +210,73 @@ class SharedByLayers:
         impl: str,
         attention: str,
         dtype: torch.dtype,
-        cache: PromptCache | SlotCache | None = None,
+        cache: PromptCache | None = None,
     ) -> None:
         self.impl, self.scale = impl, config.attention_scale
-        one_token = isinstance(cache, SlotCache)
-        positions = stream.positions if one_token else _padded(stream.positions)
+        positions = _padded(stream.positions)
         self.tables: dict[Rope | None, RopeTables | None] = {None: None}
         self.attend: dict[int | None, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
         for layer in config.layers:
             if layer.rope not in self.tables:
                 beyond = None
                 if layer.rope.by_length:
-                    beyond = cache.beyond if one_token else _beyond_original(layer.rope, stream, len(positions))
-                    beyond = beyond.to(positions.device)
+                    beyond = _beyond_original(layer.rope, stream, len(positions)).to(positions.device)
                 cos, sin = layer.rope.tables(positions, config.head_dim, beyond=beyond)
                 self.tables[layer.rope] = RopeTables(cos, sin, cos * self.scale, sin * self.scale)
             if layer.window not in self.attend:
-                own = layer.window
-                inner = (
-                    None if one_token else stream_attend(attention, stream, len(positions), config, dtype, window=own)
-                )
-                self.attend[own] = inner if cache is None else cache.attend(own, inner)
+                own = stream_attend(attention, stream, len(positions), config, dtype, window=layer.window)
+                self.attend[layer.window] = own if cache is None else cache.attend(own)
+
+    def attention(self, layer: Layer, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
+        """(T, H, h), of queries and keys that are not turned yet."""
+        tables, rope = self.tables[layer.rope], layer.rope
+        if rope is None or tables is None:
+            q_THh = q_THh * self.scale
+        else:
+            q_THh = apply_rope(rope.halves(q_THh), tables.scaled_cos, tables.scaled_sin, impl=self.impl)
+            k_TKh = apply_rope(rope.halves(k_TKh), tables.cos, tables.sin, impl=self.impl)
+        return self.attend[layer.window](q_THh, k_TKh, v_TKh)
+
+
+class SharedByLayersOfSlots:
+    """The same for one token a slot. How many operations there are is what takes time then: queries, keys and values
+    are turned as one (values by nothing), by tables (S, H + 2 K, h) that are made once for all layers."""
+
+    def __init__(self, stream: Stream, config: ModelConfig, impl: str, cache: SlotCache) -> None:
+        self.impl = impl
+        self.tables: dict[Rope | None, tuple[Tensor, Tensor]] = {}
+        self.attend: dict[int | None, Callable[[Tensor], Tensor]] = {}
+        for layer in config.layers:
+            if layer.rope not in self.tables:
+                self.tables[layer.rope] = self._tables(layer.rope, stream.positions, config, cache)
+            if layer.window not in self.attend:
+                self.attend[layer.window] = cache.attend(layer.window)
+
+    def _tables(
+        self, rope: Rope | None, positions: Tensor, config: ModelConfig, cache: SlotCache
+    ) -> tuple[Tensor, Tensor]:
+        one = torch.ones(len(positions), config.head_dim // 2, device=positions.device)
+        still = one, torch.zeros_like(one)
+        cos, sin = (
+            still if rope is None else rope.tables(positions, config.head_dim, beyond=cache.beyond.to(one.device))
+        )
+        scale, counts = config.attention_scale, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        by_kind = (cos * scale, sin * scale), (cos, sin), still
+        cos, sin = (
+            torch.cat([half[:, None].expand(-1, count, -1) for half, count in zip(own, counts, strict=True)], dim=1)
+            for own in zip(*by_kind, strict=True)
+        )
+        return whole_head(cos, sin)
+
+    def attention(self, layer: Layer, q_SHh: Tensor, k_SKh: Tensor, v_SKh: Tensor) -> Tensor:
+        """(S, H, h), of queries and keys that are not turned yet."""
+        if layer.rope is not None:
+            q_SHh, k_SKh = layer.rope.halves(q_SHh), layer.rope.halves(k_SKh)
+        turned = rotate_whole(torch.cat((q_SHh, k_SKh, v_SKh), dim=1), *self.tables[layer.rope])
+        return self.attend[layer.window](turned)
+
+
+Shared = SharedByLayers | SharedByLayersOfSlots
 
 
 def _beyond_original(rope: Rope, stream: Stream, num_tokens: int) -> Tensor:
@@ -295,9 +336,13 @@ class Decoder(nn.Module):
         cache: a PromptCache is filled; with a SlotCache the stream is one token a slot (trainer.models.kv_cache).
         """
         num_tokens, num_scored = len(stream.tokens), len(stream.score_targets)
-        dtype = self.embed_tokens.weight.dtype
-        shared = SharedByLayers(stream, self.config, self.kernel_impl, self.attention_form, dtype, cache)
+        dtype, impl = self.embed_tokens.weight.dtype, self.kernel_impl
         one_token = isinstance(cache, SlotCache)
+        shared: Shared
+        if one_token:
+            shared = SharedByLayersOfSlots(stream, self.config, impl, cache)
+        else:
+            shared = SharedByLayers(stream, self.config, impl, self.attention_form, dtype, cache)
         x_TD, head_weight = self._embed(stream.tokens if one_token else _padded(stream.tokens))
         added_TD = None
         for layer in self.layers:

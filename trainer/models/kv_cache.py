@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.models.config import ModelConfig
@@ -34,7 +33,7 @@ class PromptCache:
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
 
-    def attend(self, window: int | None, inner: Attend) -> Attend:
+    def attend(self, inner: Attend) -> Attend:
         def remember(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
             self.layers.append((k_TKh, v_TKh))
             return inner(q_THh, k_TKh, v_TKh)
@@ -66,41 +65,31 @@ def _threads(number: int) -> Iterator[None]:
 class SlotCache:
     """S sequences side by side. lengths (S,) int64: tokens each slot holds; 0: it is free.
 
-    layers: keys (S, K, h, room) and values (S, K, room, h); the products over either run along memory then, which is
-    twice as fast for keys in bfloat16 on a CPU.
+    keys (S, K, h, room) and values (S, K, room, h) of each layer, two views of one buffer, so that a token is added to
+    both at once; the products over either run along memory, which is twice as fast for keys in bfloat16 on a CPU.
     """
 
     def __init__(self, config: ModelConfig, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.dtype = config, device, dtype
         self.softcap = config.attention_softcap
-        keys, values = (
-            (slots, config.num_kv_heads, config.head_dim, 0),
-            (slots, config.num_kv_heads, 0, config.head_dim),
-        )
-        self.layers = [
-            tuple(torch.empty(shape, dtype=dtype, device=device) for shape in (keys, values))
-            for _ in range(config.num_layers)
-        ]
         self.lengths = torch.zeros(slots, dtype=torch.int64)
         self.beyond = torch.zeros(slots, dtype=torch.bool)
         """Slots whose sequences take the frequencies of longer sequences (trainer.models.rope)."""
+        self.capacity = 0
+        self.layers = [_Layer(config, slots, 0, dtype, device) for _ in range(config.num_layers)]
         self._next_layer = 0
 
     @property
     def slots(self) -> int:
         return len(self.lengths)
 
-    @property
-    def capacity(self) -> int:
-        return self.layers[0][1].shape[2]
-
     def put(self, slot: int, prompt: Sequence[tuple[Tensor, Tensor]], *, beyond: bool = False) -> None:
         """Begin slot `slot` with a prompt's keys and values."""
         length = prompt[0][0].shape[1]
         self._make_room(length + 1)
-        for (keys, values), (own_keys, own_values) in zip(self.layers, prompt, strict=True):
-            keys[slot, :, :, :length] = own_keys.transpose(1, 2)
-            values[slot, :, :length] = own_values
+        for layer, (own_keys, own_values) in zip(self.layers, prompt, strict=True):
+            layer.keys[slot, :, :, :length] = own_keys.transpose(1, 2)
+            layer.values[slot, :, :length] = own_values
         self.lengths[slot], self.beyond[slot] = length, beyond
 
     def free(self, slot: int) -> None:
@@ -110,55 +99,81 @@ class SlotCache:
         """Leave out all slots but these, which become 0, 1, 2, ..."""
         index = torch.tensor(slots, dtype=torch.int64)
         self.lengths, self.beyond = self.lengths[index], self.beyond[index]
-        index = index.to(self.device)
-        self.layers = [tuple(x.index_select(0, index) for x in pair) for pair in self.layers]
+        self._rebuild(self.capacity, index.to(self.device))
 
     def begin(self) -> None:
         """Before each forward pass of one token a slot: make room for it and say what each row may see."""
-        longest = int(self.lengths.max())
-        self._make_room(longest + 1)
+        self._make_room(int(self.lengths.max()) + 1)
         self._next_layer = 0
 
     def advance(self) -> None:
         """After it: every slot in use has one token more."""
         self.lengths += self.lengths > 0
 
-    def attend(self, window: int | None, inner: Attend | None = None) -> Attend:
-        """Attention of one token a slot over what the slot holds and itself; its key and value are kept."""
+    def attend(self, window: int | None) -> Callable[[Tensor], Tensor]:
+        """Attention of one token a slot over what the slot holds and itself; its key and value are kept. The function
+        takes queries, keys and values as one (S, H + 2 K, h) and gives (S, H, h)."""
         lengths = self.lengths.to(self.device)
         used = min(-(-(int(self.lengths.max()) + 1) // STEP) * STEP, self.capacity)
         places = torch.arange(used, device=self.device)
         hidden = places > lengths[:, None]
         if window is not None:
             hidden |= places <= lengths[:, None] - window
-        dtype = self.layers[0][0].dtype
-        mask = torch.zeros(self.slots, 1, 1, used, dtype=dtype, device=self.device)
+        mask = torch.zeros(self.slots, 1, 1, used, dtype=self.dtype, device=self.device)
         mask = mask.masked_fill_(hidden[:, None, None], float("-inf"))
-        threads, (_, heads, width, room) = torch.get_num_threads(), self.layers[0][0].shape
-        rows = torch.arange(self.slots * heads, device=self.device)
-        value_rows = rows * room + lengths.repeat_interleave(heads)
-        columns = torch.arange(self.slots * heads * width, device=self.device)
-        key_places = columns * room + lengths.repeat_interleave(heads * width)
+        heads, kv_heads, width = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        index = _token_places(lengths, kv_heads, width, self.capacity)
+        multiplications = 2 * self.slots * heads * width * used
+        threads = 1 if multiplications < SMALL else torch.get_num_threads()
 
-        def one_token(q_SHh: Tensor, k_SKh: Tensor, v_SKh: Tensor) -> Tensor:
-            keys, values = self.layers[self._next_layer]
+        def one_token(x_SCh: Tensor) -> Tensor:
+            layer = self.layers[self._next_layer]
             self._next_layer += 1
-            keys.view(-1).index_copy_(0, key_places, k_SKh.reshape(-1))
-            values.view(-1, width).index_copy_(0, value_rows, v_SKh.reshape(-1, width))
-            q_BRh = q_SHh.reshape(keys.shape[0] * keys.shape[1], -1, q_SHh.shape[-1])
-            with _threads(1 if 2 * q_SHh.numel() * used < SMALL else threads):
-                scores = torch.bmm(q_BRh, keys.flatten(0, 1)[:, :, :used])
+            layer.buffer.index_copy_(0, index, x_SCh[:, heads:].reshape(-1))
+            q_BRh = x_SCh[:, :heads].reshape(self.slots * kv_heads, -1, width)
+            with _threads(threads):
+                scores = torch.bmm(q_BRh, layer.keys.flatten(0, 1)[:, :, :used])
                 if self.softcap is not None:
                     scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
                 scores.view(self.slots, -1, *scores.shape[1:]).add_(mask)
-                out = torch.bmm(torch.softmax(scores, dim=-1, out=scores), values.flatten(0, 1)[:, :used])
-            return out.view(q_SHh.shape)
+                out = torch.bmm(torch.softmax(scores, dim=-1, out=scores), layer.values.flatten(0, 1)[:, :used])
+            return out.view(self.slots, heads, width)
 
         return one_token
 
     def _make_room(self, length: int) -> None:
         """At least `length` tokens a slot; what is there is copied."""
-        if length <= self.capacity:
-            return
-        more = -(-int(length * GROWTH) // STEP) * STEP - self.capacity
-        self.layers = [(F.pad(keys, (0, more)), F.pad(values, (0, 0, 0, more))) for keys, values in self.layers]
+        if length > self.capacity:
+            self._rebuild(-(-int(length * GROWTH) // STEP) * STEP, None)
+
+    def _rebuild(self, capacity: int, slots: Tensor | None) -> None:
+        """New buffers of this room, with what the old ones hold of these slots (None: of all)."""
+        common = min(self.capacity, capacity)
+        for place, old in enumerate(self.layers):
+            layer = _Layer(self.config, self.slots, capacity, self.dtype, self.device)
+            keys, values = (x if slots is None else x.index_select(0, slots) for x in (old.keys, old.values))
+            layer.keys[..., :common], layer.values[:, :, :common] = keys[..., :common], values[:, :, :common]
+            self.layers[place] = layer
+        self.capacity = capacity
+
+
+class _Layer:
+    """One layer's keys (S, K, h, room) and values (S, K, room, h), and the buffer that both lie in, keys first."""
+
+    def __init__(self, config: ModelConfig, slots: int, room: int, dtype: torch.dtype, device: torch.device) -> None:
+        heads, width = config.num_kv_heads, config.head_dim
+        # zeros: a hidden place is still multiplied, by 0, and 0 times what malloc gives may be nan
+        self.buffer = torch.zeros(2 * slots * heads * width * room, dtype=dtype, device=device)
+        keys, values = self.buffer.chunk(2) if room else (self.buffer, self.buffer)
+        self.keys = keys.view(slots, heads, width, room)
+        self.values = values.view(slots, heads, room, width)
+
+
+def _token_places(lengths: Tensor, heads: int, width: int, room: int) -> Tensor:
+    """(S 2K h,) where in a layer's buffer the next token's keys and values go, in the order of (S, 2K, h)."""
+    slots = len(lengths)
+    slot, head, place = (torch.arange(size, device=lengths.device) for size in (slots, heads, width))
+    row = (slot[:, None, None] * heads + head[:, None]) * width * room
+    keys = row + place * room + lengths[:, None, None]
+    values = slots * heads * width * room + row + lengths[:, None, None] * width + place
+    return torch.cat((keys, values), dim=1).flatten()
