@@ -9,6 +9,7 @@ queries, keys and values become one product, gate and up another. Training such 
 import torch
 from torch import Tensor, nn
 
+from trainer import numerics
 from trainer.models.decoder import Decoder
 
 ROWS = 16
@@ -23,6 +24,7 @@ class PackedLinear(nn.Module):
         self.bias = bias
         self.out_features, self.in_features = weight.shape
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        numerics.use_huge_pages(torch.ops.mkldnn.data_ptr(self.packed), torch.ops.mkldnn._nbytes(self.packed))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.packed, self.bias, "none", [], "")
