@@ -5,9 +5,11 @@ products of other shapes may round a logit otherwise). Prompts are run as a stre
 goes on by one token at a time over keys and values that are kept. Prompts and samples as files: eval.sample.
 """
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,11 +18,14 @@ from torch import Tensor
 from data_tools.encode import Group
 from data_tools.errors import UserError
 from data_tools.tokenizer import Tokenizer
+from eval.generate_workers import in_processes
 from eval.sampling import SamplingOptions, next_tokens, penalised, uniform_numbers
 from trainer.batch import Stream, build_stream
 from trainer.models.decoder import Decoder
 from trainer.models.kv_cache import PromptCache, SlotCache
 
+LEAST_SLOTS = 8
+"""A worker with fewer would read the weights for too few rows at a time."""
 TAIL = 8
 """A stop text is looked for in so many tokens more than it has characters, from the end."""
 
@@ -86,18 +91,45 @@ def generate(
     prefill_tokens: int = 2048,
     samples: Sequence[Sequence[int]] | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    workers: int | None = None,
 ) -> Iterator[Completion]:
     """Completions as they finish, in no fixed order.
 
     stop_ids: tokens that end a completion (see `end_tokens`), beside `options.stop_ids`. slots: sequences at a time.
     prefill_tokens: about how many tokens of prompts are run at once. samples: which samples of each request are wanted
-    (default: 0 to options.n - 1). stopped: asked between tokens, true ends it all. Raises
-    UserError for a prompt that nothing can be drawn after.
+    (default: 0 to options.n - 1). stopped: asked between tokens, true ends it all. workers: processes that share the
+    slots (default: what `default_workers` says). Raises UserError for a prompt that nothing can be drawn after.
     """
     wanted = [list(range(options.n)) for _ in requests] if samples is None else [list(own) for own in samples]
     _check(model, requests, options)
-    with torch.inference_mode():
-        yield from _Engine(model, tokenizer, options, stop_ids, slots, prefill_tokens).run(requests, wanted, stopped)
+    todo = [(request, own) for request, own in zip(requests, wanted, strict=True) if own]
+    workers = default_workers(model, slots) if workers is None else workers
+    slots = min(slots, sum(len(own) for _, own in todo))
+    workers = max(1, min(workers, slots))
+
+    def work(own: Sequence[tuple[Request, Sequence[int]]], ended: Callable[[], bool]) -> Iterator[Completion]:
+        engine = _Engine(model, tokenizer, options, stop_ids, -(-slots // workers), prefill_tokens)
+        with torch.inference_mode():
+            yield from engine.run(own, ended)
+
+    if workers == 1:
+        yield from work(todo, stopped)
+        return
+    if len(todo) < workers:  # each of them begins with a part of every prompt's samples
+        todo = [(request, own[part::workers]) for request, own in todo for part in range(workers)]
+    # dealt out, not taken by who is free: then a run draws the same samples again, to the last bit
+    yield from in_processes([partial(work, todo[part::workers]) for part in range(workers)], stopped)
+
+
+def default_workers(model: Decoder, slots: int) -> int:
+    """As many as there are threads, where each gets at least `LEAST_SLOTS` slots; else 1, with all threads.
+
+    One token a slot is many small operations, which two threads of one process hardly speed up: 16 slots of
+    SmolLM2-135M in bfloat16 on two cores take WALL_ONE a step in one process, WALL_TWO in two.
+    """
+    threads = torch.get_num_threads()
+    on_cpu = model.head_weight.device.type == "cpu" and sys.platform == "linux"
+    return threads if on_cpu and slots >= LEAST_SLOTS * threads else 1
 
 
 def end_tokens(tokenizer: Tokenizer, *configs: dict) -> tuple[int, ...]:
@@ -143,9 +175,9 @@ class _Engine:
         self.seen: Tensor | None = None
 
     def run(
-        self, requests: Sequence[Request], wanted: Sequence[Sequence[int]], stopped: Callable[[], bool]
+        self, requests: Sequence[tuple[Request, Sequence[int]]], stopped: Callable[[], bool]
     ) -> Iterator[Completion]:
-        todo = deque((request, deque(own)) for request, own in zip(requests, wanted, strict=True) if own)
+        todo = deque((request, deque(own)) for request, own in requests if own)
         if not todo:
             return
         slots = min(self.most_slots, sum(len(own) for _, own in todo))
@@ -227,7 +259,7 @@ class _Engine:
         if self.options.temperature > 0:
             uniforms = torch.tensor([own.uniforms.random() for own in running], dtype=torch.float64)
         chosen = next_tokens(judged, self.options, uniforms)
-        logps = logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(-1)
+        logps = logits.log_softmax(-1).gather(1, chosen[:, None]).squeeze(1)
         if self.seen is not None:
             self.seen[slots, chosen] = True
         self.tokens[slots] = chosen
