@@ -3,8 +3,9 @@
     python -m eval.bench --model DIR --prompts P.jsonl --batch 16 --tokens 128 --dtype bf16 --json out.json
 
 Each side runs in a process of its own, in turn, `--repeats` times; medians are shown. Both draw the likeliest token,
-`--tokens` of them for each prompt, ends ignored. Peak memory is that of the process. With `--parity` both run once more
-in float32 and their tokens are compared: a difference counts where their two best logits are not within 1e-4.
+`--tokens` of them for each prompt, ends ignored. CPU time and peak memory are those of the process and of those that it
+forks, pages that they share counted once. With `--parity` both run once more in float32 and their tokens are compared:
+a difference counts where their two best logits are not within 1e-4.
 Numbers of two machines are never comparable.
 """
 
@@ -12,10 +13,13 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,7 @@ from trainer.models.hf_weights import load_decoder
 from trainer.models.packed import pack_for_sampling
 from trainer.run_folder import write_file
 
+EVERY_S = 0.5
 NEAR = 1e-4
 """Two logits that are no further apart may come in either order."""
 
@@ -66,10 +71,13 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     pack_for_sampling(model)
     requests = [Request(str(index), tuple(own)) for index, own in enumerate(ids)]
     list(generate(model, tokenizer, requests, SamplingOptions(max_tokens=2, temperature=0), slots=args.batch))
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), cpu_seconds()
     options = SamplingOptions(max_tokens=args.tokens, temperature=0)
-    done = {each.request_id: each.token_ids for each in generate(model, tokenizer, requests, options, slots=args.batch)}
-    return _reading(wall, cpu, args, [done[request.id] for request in requests], [])
+    with FamilyMemory() as memory:
+        drawn = generate(model, tokenizer, requests, options, slots=args.batch)
+        done = {each.request_id: each.token_ids for each in drawn}
+    reading = _reading(wall, cpu, args, [done[request.id] for request in requests], [])
+    return reading | {"peak_rss_mib": max(reading["peak_rss_mib"], memory.most_mib)}
 
 
 def theirs(args: argparse.Namespace) -> dict[str, Any]:
@@ -89,13 +97,49 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
         options |= {"return_dict_in_generate": True, "output_logits": True}
     with torch.no_grad():
         model.generate(tokens, max_new_tokens=2, **options)
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), cpu_seconds()
         out = model.generate(tokens, max_new_tokens=args.tokens, **options)
     gaps = []
     if args.parity_run:
         best = torch.stack(out.logits, 1).topk(2, dim=-1).values
         gaps, out = (best[..., 0] - best[..., 1]).tolist(), out.sequences
     return _reading(wall, cpu, args, [row[longest:].tolist() for row in out], gaps)
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    own, children = (resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+class FamilyMemory(threading.Thread):
+    """Looks every `EVERY_S` at the memory of this process and its children, shared pages counted once (Pss)."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most_mib = 0.0
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(EVERY_S):
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
+            self.most_mib = max(self.most_mib, sum(map(_pss_mib, ["self", *children])))
+
+    def __enter__(self) -> "FamilyMemory":
+        if Path("/proc/self/smaps_rollup").exists():
+            self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+
+
+def _pss_mib(process: str) -> float:
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    except OSError:  # it has just ended
+        return 0.0
+    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith("Pss:")), 0.0)
 
 
 def _reading(
@@ -105,7 +149,7 @@ def _reading(
     return {
         "tokens_per_s": args.batch * args.tokens / seconds,
         "wall_s": seconds,
-        "cpu_s": time.process_time() - cpu,
+        "cpu_s": cpu_seconds() - cpu,
         "peak_rss_mib": peak_memory_mib(),
         "ids": ids,
         "gaps": gaps,
