@@ -159,7 +159,7 @@ def write_agreed(args: argparse.Namespace) -> None:
             problem = f"id '{name}' has {counts.total()} verdicts, --of is {args.of}"
             raise UserError(f"{args.verdicts}: {problem}; judge as many samples of every question")
     kept, dropped = [], Counter({"verdicts of other questions": strange})
-    raw = [row for _, row in iter_jsonl(args.questions) if isinstance(row, dict)]
+    raw = [row for _, row in iter_jsonl(args.questions, may_be_empty=True) if isinstance(row, dict)]
     for counts, row in zip(said.values(), raw, strict=True):
         if not counts.total():
             dropped["unanswered"] += 1

@@ -53,8 +53,11 @@ class Question:
     line: int
 
 
-def read_questions(path: str | Path, kind: Kind, *, option_line: str = "{label}. {text}") -> list[Question]:
-    """Every row of a file, checked; an id may stand once. option_line: a line of `{options}`.
+def read_questions(
+    path: str | Path, kind: Kind, *, option_line: str = "{label}. {text}", may_be_empty: bool = False
+) -> list[Question]:
+    """Every row of a file, checked; an id may stand once. option_line: a line of `{options}`. may_be_empty: a file of
+    no bytes has no questions.
 
     Raises DataErrors with up to 20 faults, each with file and line.
     """
@@ -72,7 +75,7 @@ def read_questions(path: str | Path, kind: Kind, *, option_line: str = "{label}.
         except UserError as error:
             raise DataError(path, line, field=None, problem=str(error)) from None
 
-    return check_each(iter_jsonl(path), check)
+    return check_each(iter_jsonl(path, may_be_empty=may_be_empty), check)
 
 
 def judge(question: Question, text: str, *, rel_tol: float = DEFAULT_REL_TOL) -> Verdict:

@@ -75,7 +75,7 @@ def _code_verdicts(jobs: Sequence[tuple[str, CodeTask]], limits: Limits, workers
 def _read_tasks(path: str) -> dict[str, tuple[int, Row]]:
     """id to (line, row) of the --tasks file."""
     tasks: dict[str, tuple[int, Row]] = {}
-    for line, value in iter_jsonl(path):
+    for line, value in iter_jsonl(path, may_be_empty=True):
         row = _object(value, path, line)
         name = id_of(row, path, line)
         if name in tasks:

@@ -106,8 +106,9 @@ def first_from(column: Mapping[str, Any], path: str, line: int | None, field: st
 
 
 def read_by_id(args: argparse.Namespace) -> dict[str, Question]:
-    """The questions of `--questions`, by id."""
-    return {own.id: own for own in read_questions(args.questions, args.kind, option_line=args.option_line)}
+    """The questions of `--questions`, by id; none of a file of no bytes, as a step writes it that kept none."""
+    questions = read_questions(args.questions, args.kind, option_line=args.option_line, may_be_empty=True)
+    return {own.id: own for own in questions}
 
 
 def with_questions(
