@@ -1,6 +1,6 @@
 """One training file of several sources: weights, caps, a system prompt for each, in an order that a seed decides.
 
-    python -m data_tools.mixture mixture.toml --out train.jsonl [--tokenizer DIR]
+    python -m data_tools.mixture mixture.toml --out train.jsonl [--folder DIR] [--tokenizer DIR]
 
     kind = "sft"             # or pair
     rows = 20000             # in all, shared by weight; left out: every source gives all it has, up to its cap
@@ -8,7 +8,7 @@
     dedup = "prompt"         # a prompt once (default of sft), row: a row once (default of pair), none
     [[source]]
     name = "medmcqa"         # becomes the rows' `source`
-    path = "sft/medmcqa.jsonl"   # beside the TOML file
+    path = "sft/medmcqa.jsonl"   # beside the TOML file, or in --folder
     weight = 3.0             # with `rows` only: its share is weight / sum of weights
     cap = 5000               # at most
     system = "Answer with the option's letter."   # every row's system message; a row's own is replaced, and counted
@@ -16,7 +16,7 @@
 Rows may have any shape that training takes. SFT rows become `messages`; pairs keep their columns. A row's id becomes
 `name/id`. Of equal prompts (system messages and white space do not count) the first source's stays. Which rows of a
 source are taken, and their order, follow sha256(seed, name, id): adding a source or a row moves no other. A source that
-has fewer rows than its share gives them all, which is said and not made up by others. Tokens are those of all message
+has fewer rows than its share (or none: a file of no bytes) gives them all, which is said and not made up by others. Tokens are those of all message
 texts by the tokenizer of --tokenizer, without the template's; or, without one, guessed as a quarter of the bytes.
 """
 
@@ -88,10 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("mixture", help="TOML file")
     parser.add_argument("--out", required=True, help="JSON Lines, written anew and whole")
+    parser.add_argument(
+        "--folder", metavar="DIR", help="where the sources' paths begin (default: beside the TOML file)"
+    )
     parser.add_argument("--tokenizer", metavar="DIR", help="count tokens with this model folder's tokenizer")
     args = parser.parse_args(argv)
     try:
-        parts = mix(read_mixture(args.mixture))
+        parts = mix(read_mixture(args.mixture, args.folder))
         rows = [row for _, row in sorted((own for part in parts for own in part.rows), key=lambda own: own[0])]
         counts = _tokens(rows, args.tokenizer)
         write_rows(args.out, rows)
@@ -102,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_mixture(path: str | Path) -> Mixture:
-    """Read and check a TOML file. Raises UserError that names the file and the key."""
+def read_mixture(path: str | Path, folder: str | Path | None = None) -> Mixture:
+    """Read and check a TOML file; folder: where the sources' paths begin, None: beside it. Raises UserError that names the file and the key."""
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -121,7 +124,7 @@ def read_mixture(path: str | Path) -> Mixture:
         _check(path, "source.", own, SOURCE_KEYS)
         if missing := [name for name in ("name", "path") if name not in own]:
             raise UserError(f"{path}: a [[source]] has no '{missing[0]}'")
-        sources.append(Source(**{**own, "path": Path(path).parent / own["path"]}))
+        sources.append(Source(**{**own, "path": Path(folder or Path(path).parent) / own["path"]}))
     for wrong, problem in (
         (not sources, "has no [[source]]"),
         (len({own.name for own in sources}) < len(sources), "two sources have one name"),
@@ -187,7 +190,7 @@ def _records(source: Source, kind: Literal["sft", "pair"]) -> list[tuple[Record,
             raise DataError(source.path, line, field="id", problem=f"'{record.id}' already stands in line {first}")
         return record, value
 
-    return check_each(iter_jsonl(source.path), check)
+    return check_each(iter_jsonl(source.path, may_be_empty=True), check)
 
 
 def _key(record: Record, dedup: Dedup) -> str:

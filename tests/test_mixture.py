@@ -172,3 +172,19 @@ def test_rows_that_training_refuses(tmp_path: Path, capsys: pytest.CaptureFixtur
         "one.jsonl:4: has no prompt",
     ):
         assert words in errors
+
+
+def test_paths_in_another_folder_and_a_source_that_a_step_left_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe's mixture stands beside the recipe, the rows in the work folder."""
+    work = tmp_path / "work"
+    work.mkdir()
+    write(work / "one.jsonl", [sft("a", "1?"), sft("b", "2?")])
+    write(work / "two.jsonl", [])
+    assert call("rows = 10\n" + TWO, tmp_path, "--folder", work) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in said] == ["one: 2 of 2 rows", "two: 0 of 0 rows", "2 rows of 2 sources"]
+    assert said[1].endswith("short of its 5")
+    assert call(TWO, tmp_path) == 2
+    assert "one.jsonl" in capsys.readouterr().err
