@@ -31,8 +31,9 @@
 
 Placeholders: the settings, {work}, {recipe} (the recipe's folder), {python} (this interpreter); in a loop also {round}
 and {previous} (the turn before; 0 in the first, {previous_round} says of which loop), {each_round} (the text once for
-every turn up to this one) and what it carries; after the loop {last_round} (the last turn, 0 if there was none),
-{each_round} and what the next turn would have been carried. A list stands alone as "{name}" and becomes its items.
+every turn up to this one), {each_before_round} (for 0 and every turn before this one) and what it carries; after the
+loop {last_round} (the last turn, 0 if there was none), {each_round}, and of the rest what the next turn would have had.
+A list stands alone as "{name}" and becomes its items.
 """
 
 import difflib
@@ -386,7 +387,7 @@ def _check_names(path: Path, settings: Mapping[str, Setting], loops: Mapping[str
     """No two meanings for one placeholder."""
     taken = {name: "Logratio's own" for name in OWN_NAMES}
     for loop in loops.values():
-        own = [loop.name, *(f"{word}_{loop.name}" for word in ("previous", "last", "each")), *loop.carry]
+        own = [loop.name, *(f"{word}_{loop.name}" for word in ("previous", "last", "each", "each_before")), *loop.carry]
         for name in own:
             if name in taken:
                 _fail(path, f"[loops.{loop.name}]", f"{{{name}}} is {taken[name]} already; take another name")

@@ -135,6 +135,7 @@ def _walk_loop(
     following = _turn_values(loop, last + 1, values, where)
     values |= {name: following[name] for name in loop.carry}
     values |= {f"last_{loop.name}": str(last), f"each_{loop.name}": _numbers(last)}
+    values[f"each_before_{loop.name}"] = following[f"each_before_{loop.name}"]
 
 
 def _ends(loop: Loop, turn: int, values: Mapping[str, Any], stopped: Stopped, where: str) -> bool:
@@ -147,6 +148,7 @@ def _ends(loop: Loop, turn: int, values: Mapping[str, Any], stopped: Stopped, wh
 def _turn_values(loop: Loop, turn: int, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     own: dict[str, Any] = {name: str(turn - 1) for name in ("previous", f"previous_{loop.name}")}
     own[f"each_{loop.name}"] = _numbers(turn)
+    own[f"each_before_{loop.name}"] = ["0", *_numbers(turn - 1)]
     known = {**values, **own, loop.name: str(turn)}
     for name, (first, then) in loop.carry.items():
         own[name] = _filled(first if turn == 1 else then, known, f"{where}: carry.{name}")

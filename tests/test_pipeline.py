@@ -294,3 +294,32 @@ def test_provenance_of_pairs_names_both_sides(tiny: Tiny) -> None:
         {"side": "chosen", "model": "small", "settings_digest": "s", "rows": 1},
         {"side": "rejected", "model": "small", "settings_digest": "s", "rows": 3},
     ]
+
+
+def test_earlier_turns_from_0_stand_in_a_turn_and_after_the_loop(tiny: Tiny) -> None:
+    tiny.recipe.write_text(
+        """
+        name = "turns"
+        work = "work"
+        [loops.turn]
+        times = 2
+        [[stage]]
+        name = "begin"
+        command = ["sh", "-c", "echo 0 > $0", "{work}/t0"]
+        outputs = ["{work}/t0"]
+        [[stage]]
+        name = "go"
+        each = "turn"
+        command = ["sh", "-c", "(cat $@; echo {turn}) > $0", "{work}/t{turn}", "{work}/t{each_before_turn}"]
+        inputs = ["{work}/t{each_before_turn}"]
+        outputs = ["{work}/t{turn}"]
+        [[stage]]
+        name = "end"
+        command = ["sh", "-c", "cat $@ > $0", "{work}/all", "{work}/t{each_before_turn}"]
+        inputs = ["{work}/t{each_before_turn}"]
+        outputs = ["{work}/all"]
+        """
+    )
+    tiny.run()
+    # t1 = t0 + "1"; t2 = t0 + t1 + "2"; all = t0 + t1 + t2
+    assert (tiny.work / "all").read_text().split() == ["0", "0", "1", "0", "0", "1", "2"]
