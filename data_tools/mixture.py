@@ -16,8 +16,9 @@
 Rows may have any shape that training takes. SFT rows become `messages`; pairs keep their columns. A row's id becomes
 `name/id`. Of equal prompts (system messages and white space do not count) the first source's stays. Which rows of a
 source are taken, and their order, follow sha256(seed, name, id): adding a source or a row moves no other. A source that
-has fewer rows than its share (or none: a file of no bytes) gives them all, which is said and not made up by others. Tokens are those of all message
-texts by the tokenizer of --tokenizer, without the template's; or, without one, guessed as a quarter of the bytes.
+has fewer rows than its share (or none: a file of no bytes) gives them all, which is said and not made up by others.
+Tokens are those of all message texts by the tokenizer of --tokenizer, without the template's; or, without one, guessed
+as a quarter of the bytes.
 """
 
 import argparse
@@ -106,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_mixture(path: str | Path, folder: str | Path | None = None) -> Mixture:
-    """Read and check a TOML file; folder: where the sources' paths begin, None: beside it. Raises UserError that names the file and the key."""
+    """Read and check a TOML file; folder: where the sources' paths begin, None: beside it.
+
+    Raises UserError that names the file and the key.
+    """
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -99,7 +99,8 @@ def _read(path: str, kind: Any) -> Mapping[str, list[Row]]:
         return id_of(row, path, line), _said(row)
 
     found: dict[str, list[Row]] = defaultdict(list)
-    for name, row in check_each(iter_jsonl(path, may_be_empty=True), check):
+    rows: list[tuple[str, Row]] = check_each(iter_jsonl(path, may_be_empty=True), check)
+    for name, row in rows:
         found[name].append(row)
     return dict(found)
 

@@ -1,8 +1,8 @@
 """So many rows of a JSON Lines file, drawn by a seed: `python -m data_tools.subset --rows F.jsonl --count 500 --out Q`.
 
 Rows are drawn in the order of sha256(seed, id): the same command gives the same rows, and a larger count the same ones
-and more. They stay as they are, in the order of the file. `--need explanation` first leaves out rows in which a column is missing, null or empty. What the rows
-mean is not checked here: the next command does that.
+and more. They stay as they are, in the order of the file. `--need explanation` first leaves out rows in which a column
+is missing, null or empty. What the rows mean is not checked here: the next command does that.
 """
 
 import argparse
