@@ -1,0 +1,137 @@
+"""After a round of training: go on, or stop because the development set fell; and which round's model was the best.
+
+    python -m data_tools.rounds state --reports start/report.json round1/report.json round2/report.json --out state
+    python -m data_tools.rounds best --reports start/report.json round1/report.json \\
+        --folders start/export round1/export --out best
+
+Reports are `report.json` of `python -m eval.main run` on the same task and data, in the order of the rounds; the first
+one is of the model that the rounds began from. `state` writes a file for a loop's `stop_when`: it begins with "stop"
+where the last score is more than --tolerance below the best one before it, else with "go on"; a line each round stands
+below. Equal scores go on. `best` makes a folder with the files of the round that scored highest, the earliest of
+equals: hard links where the file system has them, so it takes no room. The development set chooses: the
+score of the chosen round on it is too good, and only a test set that nothing was chosen by says how good the model is.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_tools.errors import UserError
+from data_tools.pairs.carried import run
+
+NOTE = "best.json"
+"""File in the chosen folder that says which one it is."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code: 0, or 2 with one line a fault of the input."""
+    return run(_parser(), argv, {"state": _state, "best": _best})
+
+
+def read_scores(paths: Sequence[str]) -> list[float]:
+    """The micro-averaged metric of each report. Raises UserError for reports that do not compare."""
+    found, first = [], None
+    for path in paths:
+        try:
+            report = json.loads(Path(path).read_text(encoding="utf-8"))
+            own = (report["result"]["metric"], report["result"]["items"])
+            found.append(float(report["result"]["micro"]["value"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: is no report.json of a finished `python -m eval.main run`") from None
+        first = first or own
+        if own != first:
+            problem = f"{own[0]} over {own[1]} items, {paths[0]} has {first[0]} over {first[1]}"
+            raise UserError(f"{path}: {problem}; give reports of one task on the same items")
+    return found
+
+
+def has_fallen(scores: Sequence[float], tolerance: float) -> bool:
+    """Is the last score more than `tolerance` below the best before it?"""
+    return len(scores) > 1 and scores[-1] < max(scores[:-1]) - tolerance
+
+
+def best_of(scores: Sequence[float]) -> int:
+    """The place of the highest score, the earliest of equals."""
+    return max(range(len(scores)), key=lambda place: (scores[place], -place))
+
+
+def _state(args: argparse.Namespace) -> None:
+    scores = read_scores(args.reports)
+    word = "stop: the last score fell" if has_fallen(scores, args.tolerance) else "go on"
+    best = best_of(scores)
+    lines = [
+        f"{place} {score:.4f} {path}" for place, (score, path) in enumerate(zip(scores, args.reports, strict=True))
+    ]
+    write_state(args.out, "\n".join([f"{word}; best is {best}", *lines]) + "\n")
+    print(f"{word}; scores {', '.join(f'{score:.4f}' for score in scores)}, best is {best}, {args.out}")
+
+
+def _best(args: argparse.Namespace) -> None:
+    if len(args.folders) != len(args.reports):
+        raise UserError(f"--folders: {len(args.folders)} for {len(args.reports)} reports; give one for each")
+    scores = read_scores(args.reports)
+    best = best_of(scores)
+    chosen = {"place": best, "folder": args.folders[best], "scores": scores}
+    _link_folder(Path(args.folders[best]), Path(args.out), json.dumps(chosen) + "\n")
+    print(f"{args.out}: the files of {args.folders[best]} (score {scores[best]:.4f}, place {best} of {len(scores)})")
+
+
+def write_state(path: str, text: str) -> None:
+    """A file for `stop_when` of a loop; text: begins with "stop" or "go on". Raises UserError."""
+    part = Path(f"{path}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _link_folder(source: Path, target: Path, note: str) -> None:
+    """The folder under another name, whole or not at all, with a note in it. Replaces an earlier choice only."""
+    part = target.with_name(f"{target.name}.part")
+    if target.exists() and not (target / NOTE).is_file():
+        raise UserError(f"{target}: is there and is no folder of this command (it has no {NOTE}); name another --out")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(source, part, copy_function=_link)
+        (part / NOTE).unlink(missing_ok=True)
+        (part / NOTE).write_text(note, encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(part, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be made of {source}: {error.strerror or error}") from error
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.rounds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    deciding = commands.add_parser("state", help="whether rounds go on", allow_abbrev=False)
+    deciding.add_argument("--tolerance", type=float, default=0.0, help="a fall that is let pass (default 0)")
+    choosing = commands.add_parser("best", help="the best round's folder", allow_abbrev=False)
+    choosing.add_argument("--folders", nargs="+", required=True, help="model folders, in the order of --reports")
+    for each in (deciding, choosing):
+        each.add_argument("--reports", nargs="+", required=True, help="report.json of the start and of each round")
+    deciding.add_argument("--out", required=True, help="text file, written anew and whole")
+    choosing.add_argument("--out", required=True, help="folder; one that is there is replaced")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
