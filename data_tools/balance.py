@@ -10,7 +10,8 @@
         --right 4 --wrong 4 --by math --out pool_0.jsonl
 
 `requests` writes a row for every question, whose `n` is what was drawn and, while answers are missing and --tries are
-not used up, --at-once more: the sampler then draws just these. `select` keeps the first --right right and --wrong wrong
+not used up, --at-once more: the sampler then draws just these. --state writes a file that begins with "stop" when no
+question is open, for a recipe's loop. `select` keeps the first --right right and --wrong wrong
 answers of a question, after what --by leaves out (data_tools/dedup.py), as a pool (data_tools/pool.py).
 
 In a later round, with `--earlier pool`, all that the pool holds stays, and of each class the pool's count times --share
@@ -29,6 +30,7 @@ from data_tools.errors import UserError
 from data_tools.pairs.carried import add_questions, counted, positive, read_by_id, run, values_of
 from data_tools.pairs.exchange import RequestRow, read_prompt_texts, write_requests
 from data_tools.pool import Attempt, add_source, attempts_of, by_question, read_pool, usable, without, write_pool
+from data_tools.rounds import write_state
 
 PURPOSE = "answer"
 Need = tuple[int, int]
@@ -86,6 +88,8 @@ def _write_requests(args: argparse.Namespace) -> None:
         requests.append(RequestRow(id=question.id, prompt=prompt, more={"settings": {"n": n}}))
     write_requests(args.out, requests)
     counts = ", ".join(f"{states[name]} {name}" for name in ("have enough", "open", "used up their tries"))
+    if args.state is not None:
+        write_state(args.state, f"{'go on' if states['open'] else 'stop'}: {counts}\n")
     print(f"{len(questions)} questions: {counts}; {more} more answers to draw, {args.out}")
 
 
@@ -153,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     asking.add_argument("--drawn", help="the requests that this round's answers so far were drawn for")
     asking.add_argument("--samples", help="this round's answers so far")
     asking.add_argument("--verdicts", help="verdicts on them")
+    asking.add_argument("--state", help="file that begins with stop when no question is open")
     choosing = commands.add_parser("select", help="what is kept of what was drawn", allow_abbrev=False)
     add_source(choosing)
     choosing.add_argument("--round", type=int, default=0, help="0 (default), 1, ...: that these answers are of")

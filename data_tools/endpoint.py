@@ -27,7 +27,7 @@ from data_tools.endpoint_config import DEFAULT_KEY, EndpointConfig, Totals
 from data_tools.endpoint_limits import RetryPolicy
 from data_tools.endpoint_request import PATHS, Question, Sampling, SettingsError, body_of
 from data_tools.errors import DataError, UserError, check_each
-from data_tools.samples import Prompt, Sample, SampleWriter, prompt_digest, read_prompts
+from data_tools.samples import Prompt, Sample, SampleWriter, begin_from, prompt_digest, read_prompts
 
 NO_PREFIX = (
     "most servers begin a new answer after the assistant's message; for one that goes on with it (vLLM, SGLang) give "
@@ -185,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="name of the model at the server")
     parser.add_argument("--prompts", required=True, help="JSON Lines: id, prompt (text or messages), prefix, settings")
     parser.add_argument("--out", required=True, type=Path, help="JSON Lines of samples; rows that are there stay")
+    parser.add_argument("--earlier", metavar="F", help="samples that a missing --out begins with, of an earlier turn")
     parser.add_argument(
         "--api", choices=list(PATHS), default="chat", help="chat (default), or completions of plain text"
     )
@@ -258,6 +259,8 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 def _sample(args: argparse.Namespace) -> int:
     config, sampling = _config(args), _sampling(args)
     prompts = read_prompts(args.prompts)
+    if args.earlier is not None:
+        begin_from(args.out, args.earlier)
     if args.no_cache:
         return sample_to_file(config, sampling, prompts, args.out, None)
     with contextlib.closing(AnswerCache(args.cache or user_cache("endpoint") / "answers.jsonl")) as cache:

@@ -14,7 +14,8 @@ count is above --delta, its soft label count / completions. A known solution's s
 
 Fewer completions: `--at-once 2` asks for 2 first; the same command with --drawn, --samples and --verdicts of what came
 asks for 2 more where the hard label is not decided yet (by a count above --delta, or too few left to reach one), until
-it says that no path is open. Hard labels are those of all --k completions then; soft ones lean to 0 and 1.
+it says that no path is open (--state writes that into a file, for a recipe's loop). Hard labels are those of all --k
+completions then; soft ones lean to 0 and 1.
 `--search first_error` finds the first step with label 0 by halving and takes all steps before it for right and all from
 it on for wrong: about log2(steps) beginnings a path, in as many rounds of that command, and no soft labels.
 
@@ -36,6 +37,7 @@ from data_tools.pairs.carried import counted, positive, run
 from data_tools.pairs.exchange import RequestRow, read_answers, write_requests
 from data_tools.pool import add_source, attempts_of, by_question, read_names, usable
 from data_tools.rollout_paths import StepPath, gold_paths, read_paths
+from data_tools.rounds import write_state
 from data_tools.samples import Prompt, prompt_digest, read_prompts
 from data_tools.steps import ANSWER_LINE, UNITS, compiled, split_steps
 
@@ -132,6 +134,8 @@ def _write_requests(args: argparse.Namespace) -> None:
     write_requests(args.out, asked.values())
     cost = f"at most {tokens} tokens" if args.max_tokens else "as many tokens each as the sampler's --max-tokens"
     total = sum(len(path.steps) for path in paths)
+    if args.state is not None:
+        write_state(args.state, f"{'go on' if more else 'stop'}: {open_paths} paths open, {more} completions to draw\n")
     head = f"{len(paths)} paths, {total} steps: {len(asked)} beginnings ({states['shared']} steps share one)"
     print(f"{head}; {more} completions to draw, {cost}; {open_paths} paths open; {args.out}")
 
@@ -243,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     asking.add_argument("--max-tokens", type=positive, help="of a completion (default: the sampler's)")
     asking.add_argument("--at-once", type=positive, default=math.inf, help="completions a beginning (default --k)")
     asking.add_argument("--drawn", help="the requests that the completions so far were drawn for")
+    asking.add_argument("--state", help="file that begins with stop when no completion is left to draw")
     labelling = commands.add_parser("labels", help="labels from completions", allow_abbrev=False)
     labelling.add_argument("--requests", required=True, help="what was asked")
     labelling.add_argument("--outcome-out", help="JSON Lines: the same paths, each step labelled by the whole answer")

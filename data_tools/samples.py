@@ -160,6 +160,20 @@ def read_samples(path: str | Path) -> SamplesRead:
     return SamplesRead(samples, int(whole < len(content)))
 
 
+def begin_from(out: Path, earlier: str | Path) -> None:
+    """Let a samples file that is not there begin with the rows of an earlier one. Raises UserError."""
+    if out.exists():
+        return
+    rows = b"".join(row_of(sample) for sample in read_samples(earlier).samples)
+    part = out.with_name(f"{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(rows)
+        os.replace(part, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
 class SampleWriter:
     """Appends rows to a samples file that may already hold some; one writer at a time, held by a lock on the file.
 

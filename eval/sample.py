@@ -18,7 +18,7 @@ from data_tools.chat_template import load_chat_template
 from data_tools.encode import encode_prefixes, encode_prompts
 from data_tools.errors import DataError, check_each
 from data_tools.jsonl import read_records
-from data_tools.samples import Prompt, Sample, SampleWriter, digest_of, read_prompts
+from data_tools.samples import Prompt, Sample, SampleWriter, begin_from, digest_of, read_prompts
 from data_tools.schema import Record
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from eval.few_shot import with_examples
@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(args.model)
     requests = _requests(prompts, args, tokenizer)
     options = _options_of_rows(prompts, _options(args))
+    if args.earlier is not None:
+        begin_from(args.out, args.earlier)
     with SampleWriter(args.out) as writer:
         missing = [
             writer.missing(
@@ -182,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="Hugging Face model folder")
     parser.add_argument("--prompts", required=True, help="JSON Lines: id, prompt (text or messages), prefix, settings")
     parser.add_argument("--out", required=True, type=Path, help="JSON Lines of samples; rows that are there stay")
+    parser.add_argument("--earlier", metavar="F", help="samples that a missing --out begins with, of an earlier turn")
     parser.add_argument(
         "--api", choices=["chat", "completions"], default="chat", help="chat (default), or plain text that goes on"
     )

@@ -55,6 +55,15 @@ def test_only_what_is_missing_is_asked_for(
     assert balance.main([*asked, *goal]) == 0 and (tmp_path / "r.jsonl").read_bytes() == requests
 
 
+def test_the_state_of_a_loop_says_stop_when_nothing_is_open(asked: list[str], tmp_path: Path) -> None:
+    goal = ["--right", "1", "--wrong", "1", "--at-once", "2", "--tries", "2", "--state", str(tmp_path / "state")]
+    assert balance.main([*asked, *goal]) == 0
+    assert (tmp_path / "state").read_text() == "go on: 0 have enough, 3 open, 0 used up their tries\n"
+    files = write_answers(tmp_path, {"a": [RIGHT, WRONG], "b": [RIGHT, RIGHT], "c": [WRONG, RIGHT]}, name="drawn_")
+    assert balance.main([*asked, *goal, "--drawn", files[1], *files[2:]]) == 0
+    assert (tmp_path / "state").read_text() == "stop: 2 have enough, 0 open, 1 used up their tries\n"
+
+
 def test_the_sampler_draws_just_these(asked: list[str], tmp_path: Path, tiny_model_dir: Path) -> None:
     requests, samples, verdicts = (tmp_path / f"{name}.jsonl" for name in "rsv")
     draw = ["--model", str(tiny_model_dir), "--prompts", str(requests), "--out", str(samples), "--max-tokens", "4"]

@@ -203,3 +203,13 @@ def test_rows_are_as_documented(tmp_path: Path) -> None:
         "settings_digest": sample.settings_digest, "prompt_digest": digest_of("why"),
         "prompt_tokens": 3, "completion_tokens": 2, "logprobs": [-0.5, -1.25],
     }  # fmt: skip
+
+
+def test_a_missing_file_begins_with_the_rows_of_an_earlier_turn(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path, [{"id": "a", "prompt": "why"}, {"id": "b", "prompt": "how"}])
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    with FaultyServer({}) as server:
+        assert main(command(server, prompts, first, "--n", "2", "--no-cache")) == 0
+        assert main(command(server, prompts, second, "--n", "3", "--no-cache", "--earlier", str(first))) == 0
+    assert second.read_bytes().startswith(first.read_bytes())
+    assert sorted(texts(second)) == [(name, number) for name in "ab" for number in range(3)]

@@ -141,15 +141,19 @@ def test_labels_of_all_steps(stage: Stage, capsys: pytest.CaptureFixture[str]) -
 
 def test_decided_labels_need_no_more(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     """Two at a time, delta 0: one right completion decides for 1, all four wrong for 0."""
-    first = stage.ask("--k", "4", "--at-once", "2")
+    state = stage.folder / "state"
+    options = ("--k", "4", "--at-once", "2", "--state", str(state))
+    first = stage.ask(*options)
     assert set(first.values()) == {2}
     stage.draw()
     names = {"q#0#0": 2, "q#0#1": 4, "q#0#2": 4, "q#1#1": 4, "q#1#2": 2}
-    assert stage.ask("--k", "4", "--at-once", "2", again=True) == names
+    assert stage.ask(*options, again=True) == names
     assert "6 completions to draw" in (shown := capsys.readouterr().out) and "2 paths open" in shown
+    assert state.read_text() == "go on: 2 paths open, 6 completions to draw\n"
     stage.draw()
-    assert stage.ask("--k", "4", "--at-once", "2", again=True) == names
+    assert stage.ask(*options, again=True) == names
     assert "0 completions to draw" in (shown := capsys.readouterr().out) and "; 0 paths open" in shown
+    assert state.read_text() == "stop: 0 paths open, 0 completions to draw\n"
     wrong, right, _ = stage.label("--k", "4")
     assert wrong["hard"] == [1, 0, 0] and right["hard"] == [1, 1, 1]  # as with all completions
     assert wrong["counts"] == [1, 0, 0] and wrong["completions"] == [2, 4, 4]

@@ -140,3 +140,21 @@ def test_bad_rows_and_other_settings(prompts: Path, tiny_model_dir: Path, capsys
     assert f"{prompts}:4: field 'settings': 'temprature' is not known; known: max_tokens" in error
     assert f"{prompts}:5: field 'settings': top_p = 7: must be above 0" in error
     assert prompts.with_name("samples.jsonl").read_bytes() == before
+
+
+def test_a_missing_file_begins_with_the_rows_of_an_earlier_turn(prompts: Path, tiny_model_dir: Path) -> None:
+    """A loop's turn has a file of its own; what the turn before drew is not drawn again."""
+    assert exit_code(sample.main, arguments(tiny_model_dir, prompts)) == 0
+    first = prompts.with_name("samples.jsonl").rename(prompts.with_name("first.jsonl"))
+    more = ["--n", "4", "--earlier", str(first)]
+    assert exit_code(sample.main, arguments(tiny_model_dir, prompts, *more)) == 0
+    out = prompts.with_name("samples.jsonl")
+    rows = first.read_bytes()
+    assert out.read_bytes().startswith(rows) and first.read_bytes() == rows
+    assert sorted(contents(prompts)) == [*(("a", k) for k in range(4)), *(("b", k) for k in range(4)), ("c", 0)]
+    # What is there counts, and not the earlier file: it is not even read.
+    whole = out.read_bytes()
+    first.unlink()
+    assert exit_code(sample.main, arguments(tiny_model_dir, prompts, *more)) == 0 and out.read_bytes() == whole
+    out.unlink()
+    assert exit_code(sample.main, arguments(tiny_model_dir, prompts, *more)) == 2 and not out.exists()
