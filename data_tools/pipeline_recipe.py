@@ -34,6 +34,8 @@ and {previous} (the turn before; 0 in the first, {previous_round} says of which 
 every turn up to this one), {each_before_round} (for 0 and every turn before this one) and what it carries; after the
 loop {last_round} (the last turn, 0 if there was none), {each_round}, and of the rest what the next turn would have had.
 A list stands alone as "{name}" and becomes its items.
+
+`extends = "other.toml"`: stages of a recipe beside this one, with settings of its own (data_tools/pipeline_extends.py).
 """
 
 import difflib
@@ -45,6 +47,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_tools.errors import UserError
+from data_tools.pipeline_extends import extended
 from data_tools.placeholders import fill, names_in
 
 Setting = str | int | float | bool | list[str]
@@ -121,7 +124,7 @@ class Recipe:
 def read_recipe(path: str | Path, sets: Sequence[str] = ()) -> Recipe:
     """Read a recipe; sets: `key=value` texts over its settings. Raises UserError naming table and key."""
     path = Path(path)
-    tables = _Checked(str(path), "", _tables(path), RECIPE_KEYS)
+    tables = _Checked(str(path), "", extended(path, _tables), RECIPE_KEYS)
     name = tables.text("name", NAME)
     tables.text("about", None, "")
     overridden = _overrides(sets)

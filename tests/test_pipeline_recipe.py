@@ -251,3 +251,24 @@ def test_paths_that_say_only_where_things_stand_are_no_part_of_a_command(folder:
         ("r/p", "{recipe}/p"),
     ):
         assert plain_text(text, recipe) == plain
+
+
+def test_a_recipe_with_the_stages_of_another(folder: Path) -> None:
+    Path("base.toml").write_text(WHOLE)
+    own = 'extends = "base.toml"\nname = "small"\n[settings]\nseed = 7\n[required]\ndata = "rows"\n'
+    Path("small.toml").write_text(own)
+    recipe = read_recipe("small.toml", ["data=data.jsonl"])
+    base = read_recipe("base.toml", ["data=data.jsonl"])
+    assert (recipe.name, str(recipe.work), recipe.settings["seed"], recipe.settings["rate"]) == ("small", "w/7", 7, 0.5)
+    assert recipe.block == base.block and recipe.required == {"data": "rows"}
+    for text, problem in (
+        (own.replace("base.toml", "../base.toml"), "expected the name of a recipe in the same folder"),
+        (own.replace("seed = 7", "sed = 7"), "'sed' is no setting of base.toml"),
+        (own.replace("seed = 7", 'seed = "7"'), "'seed' is of another kind than in base.toml"),
+        (own + "[loops.round]\ntimes = 1\n", "'loops' stands in base.toml, which this recipe extends"),
+        (own.replace("base.toml", "small.toml"), "extends another one itself"),
+    ):
+        Path("small.toml").write_text(text)
+        with pytest.raises(UserError, match="small.toml: ") as caught:
+            read_recipe("small.toml", ["data=data.jsonl"])
+        assert problem in str(caught.value)
