@@ -1,7 +1,8 @@
 """A recipe that has another one's stages and settings of its own: `extends = "published.toml"`, a file beside it.
 
-It may have `name`, `about`, `work`, [settings] and [required]; keys that it leaves out are the other one's. A setting
-must be one that the other has, and of its kind, so that a slip of the pen is no new setting that nothing reads.
+It may have `name`, `about`, `work`, [settings] and [required]; what it leaves out is the other one's, of [settings]
+each key (a [required] of its own is all that is required). A setting must be one that the other has, and of its kind,
+so that a slip of the pen is no new setting that nothing reads.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,10 +30,9 @@ def extended(path: Path, read: Callable[[Path], Tables]) -> Tables:
         if key not in OWN_KEYS:
             raise UserError(f"{path}: '{key}' stands in {said}, which this recipe extends; leave it out")
     _check_settings(path, said, tables.get("settings", {}), base.get("settings", {}))
-    found = {**base, **{key: value for key, value in tables.items() if key not in ("extends", "settings", "required")}}
-    for key in ("settings", "required"):
-        if key in base or key in tables:
-            found[key] = {**base.get(key, {}), **tables.get(key, {})}
+    found = {**base, **{key: value for key, value in tables.items() if key != "extends"}}
+    if "settings" in found:
+        found["settings"] = {**base.get("settings", {}), **tables.get("settings", {})}
     return found
 
 

@@ -19,6 +19,9 @@ completions then; soft ones lean to 0 and 1.
 `--search first_error` finds the first step with label 0 by halving and takes all steps before it for right and all from
 it on for wrong: about log2(steps) beginnings a path, in as many rounds of that command, and no soft labels.
 
+In rounds with a pool that grows and a simulator that stays, `paths --only-round 2` takes that round's answers, and
+`labels --earlier labels_1.jsonl --earlier-outcome outcome_1.jsonl` puts the rows of before in front of them.
+
 A row of labels: id, question_id, prompt, steps, rest (the line with the answer, no step), counts, completions, K, hard,
 soft, correct (the whole answer), gold, round. --outcome-out: the same paths with every step labelled by `correct`.
 """
@@ -31,8 +34,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_tools.errors import UserError
-from data_tools.jsonl import write_rows
+from data_tools.errors import DataError, UserError, check_each
+from data_tools.jsonl import iter_jsonl, write_rows
 from data_tools.pairs.carried import counted, positive, run
 from data_tools.pairs.exchange import RequestRow, read_answers, write_requests
 from data_tools.pool import add_source, attempts_of, by_question, read_names, usable
@@ -82,6 +85,9 @@ def _write_paths(args: argparse.Namespace) -> None:
     pattern = compiled(args.pattern, "--pattern") if args.pattern is not None else None
     answer_line = _answer_line(args.answer_line)
     attempts = usable(attempts_of(args), invalid=args.invalid, dropped=dropped)
+    if args.only_round is not None:
+        dropped["of other rounds"] = sum(own.round != args.only_round for own in attempts)
+        attempts = [own for own in attempts if own.round == args.only_round]
     paths: list[StepPath] = []
     for attempt in attempts:
         found = split_steps(attempt.text, args.split, pattern=pattern, answer_line=answer_line)
@@ -168,8 +174,15 @@ def _tallies(
 
 def _write_labels(args: argparse.Namespace) -> None:
     tallies, _ = _tallies(args.requests, args.samples, args.verdicts)
-    rows, outcome, dropped = [], [], Counter[str]()
+    if (args.earlier_outcome is None) != (args.earlier is None or args.outcome_out is None):
+        raise UserError("--earlier-outcome: goes with --earlier and --outcome-out; give it where both are given")
+    rows = [] if args.earlier is None else _rows_of(args.earlier)
+    outcome = [] if args.earlier_outcome is None else _rows_of(args.earlier_outcome)
+    there, dropped = {row["id"] for row in rows}, Counter[str]()
     for path in read_paths(args.paths):
+        if path.id in there:
+            dropped["labelled before"] += 1
+            continue
         row = _gold_row(path, args.k) if path.gold else _labelled(path, tallies, args, dropped)
         if row is not None:
             rows.append(row)
@@ -182,6 +195,18 @@ def _write_labels(args: argparse.Namespace) -> None:
     labels = Counter(label for row in rows for label in row["hard"])
     head = f"{len(rows)} paths, {labels[1]} steps right and {labels[0]} wrong in {args.out}"
     print(head + counted(dropped))
+
+
+def _rows_of(path: str) -> list[dict[str, Any]]:
+    """Rows that `labels` wrote, as they are. Raises DataErrors; a file of no bytes has none."""
+
+    def check(item: tuple[int, object]) -> dict[str, Any]:
+        line, row = item
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not isinstance(row.get("hard"), list):
+            raise DataError(path, line, field="hard", problem="is missing, or the id: these are no labels")
+        return row
+
+    return check_each(iter_jsonl(path, may_be_empty=True), check)
 
 
 def _labelled(
@@ -240,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     cutting.add_argument(
         "--invalid", choices=["drop", "wrong"], default="drop", help="answers that could not be read (default drop)"
     )
+    cutting.add_argument("--only-round", type=int, metavar="N", help="answers of this round of the pool alone")
     cutting.add_argument("--gold-paths", help="JSON Lines of questions with known solutions")
     cutting.add_argument("--gold-field", default="answer", help="their column (default answer)")
     cutting.add_argument("--gold-drop", help="regular expression of what is taken out of them: '<<.*?>>'")
@@ -251,6 +277,8 @@ def _parser() -> argparse.ArgumentParser:
     labelling = commands.add_parser("labels", help="labels from completions", allow_abbrev=False)
     labelling.add_argument("--requests", required=True, help="what was asked")
     labelling.add_argument("--outcome-out", help="JSON Lines: the same paths, each step labelled by the whole answer")
+    labelling.add_argument("--earlier", metavar="F", help="labels of earlier rounds, which come first")
+    labelling.add_argument("--earlier-outcome", metavar="F", help="the same for --outcome-out")
     for each in (asking, labelling):
         each.add_argument("--paths", required=True, help="JSON Lines that `paths` wrote")
         each.add_argument("--samples", required=each is labelling, help="completions drawn")

@@ -4,12 +4,16 @@
     python -m data_tools.rounds best --reports start/report.json round1/report.json \\
         --folders start/export round1/export --out best
 
+    python -m data_tools.rounds table --reports base/report.json best/report.json --out results.md
+
 Reports are `report.json` of `python -m eval.main run` on the same task and data, in the order of the rounds; the first
 one is of the model that the rounds began from. `state` writes a file for a loop's `stop_when`: it begins with "stop"
 where the last score is more than --tolerance below the best one before it, else with "go on"; a line each round stands
 below. Equal scores go on. `best` makes a folder with the files of the round that scored highest, the earliest of
-equals: hard links where the file system has them, so it takes no room. The development set chooses: the
-score of the chosen round on it is too good, and only a test set that nothing was chosen by says how good the model is.
+equals: hard links where the file system has them, so it takes no room. The development set chooses: the score of the
+chosen round on it is too good, and only a test set that nothing was chosen by says how good the model is. `table` puts
+reports, of any tasks, into one Markdown table: scores with intervals, and where an evaluation had a baseline the paired
+difference from it.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from data_tools.errors import UserError
 from data_tools.pairs.carried import run
@@ -29,19 +34,16 @@ NOTE = "best.json"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0, or 2 with one line a fault of the input."""
-    return run(_parser(), argv, {"state": _state, "best": _best})
+    return run(_parser(), argv, {"state": _state, "best": _best, "table": _table})
 
 
 def read_scores(paths: Sequence[str]) -> list[float]:
     """The micro-averaged metric of each report. Raises UserError for reports that do not compare."""
     found, first = [], None
     for path in paths:
-        try:
-            report = json.loads(Path(path).read_text(encoding="utf-8"))
-            own = (report["result"]["metric"], report["result"]["items"])
-            found.append(float(report["result"]["micro"]["value"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: is no report.json of a finished `python -m eval.main run`") from None
+        result = _read(path)["result"]
+        own = (result["metric"], result["items"])
+        found.append(float(result["micro"]["value"]))
         first = first or own
         if own != first:
             problem = f"{own[0]} over {own[1]} items, {paths[0]} has {first[0]} over {first[1]}"
@@ -78,6 +80,36 @@ def _best(args: argparse.Namespace) -> None:
     chosen = {"place": best, "folder": args.folders[best], "scores": scores}
     _link_folder(Path(args.folders[best]), Path(args.out), json.dumps(chosen) + "\n")
     print(f"{args.out}: the files of {args.folders[best]} (score {scores[best]:.4f}, place {best} of {len(scores)})")
+
+
+def _table(args: argparse.Namespace) -> None:
+    lines = ["| run | metric | items | score | 95% | against its baseline |", "|---|---|---|---|---|---|"]
+    for path in args.reports:
+        report = _read(path)
+        result, change = report["result"], ""
+        if comparison := report.get("comparison"):
+            own = comparison["difference"]
+            change = f"{own['value']:+.3f} ({own['low']:+.3f} to {own['high']:+.3f})"
+        name = Path(path).parent
+        shown = [(str(name), result["metric"], result["micro"])]
+        shown += [(f"{name}, by reward: {kind.replace('_', ' ')}", result["metric"], own)
+                  for kind, own in result.get("prm", {}).items()]  # fmt: skip
+        for label, metric, own in shown:
+            interval = f"{own['low']:.3f} to {own['high']:.3f}"
+            cells = (label, metric, str(result["items"]), f"{own['value']:.3f}", interval, change)
+            lines.append(f"| {' | '.join(cells)} |")
+            change = ""
+    write_state(args.out, "\n".join(lines) + "\n")
+    print(f"{len(args.reports)} reports: {args.out}")
+
+
+def _read(path: str) -> Any:
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        float(report["result"]["micro"]["value"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: is no report.json of a finished `python -m eval.main run`") from None
+    return report
 
 
 def write_state(path: str, text: str) -> None:
@@ -128,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     choosing.add_argument("--folders", nargs="+", required=True, help="model folders, in the order of --reports")
     for each in (deciding, choosing):
         each.add_argument("--reports", nargs="+", required=True, help="report.json of the start and of each round")
+    telling = commands.add_parser("table", help="reports in one table", allow_abbrev=False)
+    telling.add_argument("--reports", nargs="+", required=True, help="report.json of any runs")
+    telling.add_argument("--out", required=True, help="Markdown, written anew and whole")
     deciding.add_argument("--out", required=True, help="text file, written anew and whole")
     choosing.add_argument("--out", required=True, help="folder; one that is there is replaced")
     return parser

@@ -159,6 +159,26 @@ def test_decided_labels_need_no_more(stage: Stage, capsys: pytest.CaptureFixture
     assert wrong["counts"] == [1, 0, 0] and wrong["completions"] == [2, 4, 4]
 
 
+def test_labels_of_earlier_rounds_come_first_and_once(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    stage.ask("--k", "4")
+    stage.draw()
+    first = stage.label("--k", "4")
+    before = [stage.labels.rename(stage.folder / "l1.jsonl"), stage.outcome.rename(stage.folder / "o1.jsonl")]
+    earlier = ["--earlier", str(before[0]), "--earlier-outcome", str(before[1])]
+    assert stage.label("--k", "4", *earlier) == first and rows_of(stage.outcome) == rows_of(before[1])
+    assert "3 labelled before" in capsys.readouterr().out
+    # Of the pool's rounds one alone.
+    write_pool(stage.folder / "p2.jsonl", [attempt(ANSWER, "wrong"), attempt(ANSWER, id="q#r2", round=2)])
+    paths = ["paths", "--pool", str(stage.folder / "p2.jsonl"), "--split", "line", "--only-round", "2"]
+    assert rollouts.main([*paths, "--out", str(stage.paths)]) == 0
+    assert [(row["id"], row["round"]) for row in rows_of(stage.paths)] == [("q#r2.0", 2)]
+    assert "dropped: 1 of other rounds" in capsys.readouterr().out
+    command = ["labels", "--paths", str(stage.paths), "--requests", str(stage.files[0]), "--samples"]
+    more = [str(stage.files[1]), "--verdicts", str(stage.files[2]), "--out", str(stage.labels), *earlier[:2]]
+    assert rollouts.main([*command, *more, "--outcome-out", str(stage.outcome)]) == 2
+    assert "give it where both are given" in capsys.readouterr().err
+
+
 def test_the_search_asks_for_few(stage: Stage) -> None:
     options = ("--k", "4", "--search", "first_error")
     assert stage.ask(*options) == {"q#0#1": 4, "q#1#1": 4}

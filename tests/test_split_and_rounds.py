@@ -137,3 +137,17 @@ def test_reports_that_do_not_compare_are_refused(tmp_path: Path, capsys: pytest.
     assert "is no report.json of a finished" in capsys.readouterr().err
     best = ["best", "--reports", first, "--folders", "a", "b", "--out", str(tmp_path / "b")]
     assert rounds.main(best) == 2 and "--folders: 2 for 1 reports" in capsys.readouterr().err
+
+
+def test_reports_in_one_table(tmp_path: Path) -> None:
+    own = {"value": 0.5, "low": 0.25, "high": 0.75}
+    result = {"metric": "accuracy", "items": 8, "micro": own, "prm": {"best_of_n": {**own, "value": 0.625}}}
+    report = {"result": result, "comparison": {"difference": {"value": 0.125, "low": -0.125, "high": 0.375}}}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "report.json").write_text(json.dumps(report))
+    out = tmp_path / "t.md"
+    assert rounds.main(["table", "--reports", str(tmp_path / "a" / "report.json"), "--out", str(out)]) == 0
+    assert out.read_text().splitlines()[2:] == [
+        f"| {tmp_path}/a | accuracy | 8 | 0.500 | 0.250 to 0.750 | +0.125 (-0.125 to +0.375) |",
+        f"| {tmp_path}/a, by reward: best of n | accuracy | 8 | 0.625 | 0.250 to 0.750 |  |",
+    ]
