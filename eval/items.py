@@ -110,8 +110,10 @@ def _item(task: Task, row: object, path: str | Path, line: int) -> Item:
     if isinstance(name, bool) or not isinstance(name, str | int):
         problem = f"expected a string or a number, got {type(name).__name__}"
         raise DataError(path, line, field=task.fields.id, problem=problem)
-    options = _options(task, row, path, line) if task.kind in WITH_OPTIONS else {}
-    values = _values(task, row, options)
+    shown = task.kind in WITH_OPTIONS or (task.kind == "free" and row.get(task.fields.options) is not None)
+    named = _options(task, row, path, line) if shown else {}
+    options = named if task.kind in WITH_OPTIONS else {}
+    values = _values(task, row, named)
     return Item(
         id=str(name),
         subject=subject_of(row, task),
@@ -139,6 +141,8 @@ def _values(task: Task, row: Mapping[str, Any], options: Mapping[str, str]) -> d
     """What placeholders stand for: columns, then the names that a task gives them."""
     lines = [fill(task.prompt.option, {"label": label, "text": text}) for label, text in options.items()]
     named = {"options": "\n".join(lines), "labels": ", ".join(options)} if options else {}
+    if (right := str(row.get(task.fields.answer))) in options:
+        named["gold_text"] = options[right]
     question = {"question": row[task.fields.question]} if task.fields.question in row else {}
     tests = row.get("test_list", row.get("tests"))
     if isinstance(tests, list):

@@ -99,7 +99,7 @@ class Judge:
         "Question:\n{question}\n\nReference answer:\n{gold}\n\nAnswer to be judged:\n{response}\n\n"
         "Does the answer to be judged say the same as the reference answer? Reply with Yes or No only."
     )
-    """`{gold}`: the reference; `{response}`: the answer."""
+    """`{gold}`: the reference; `{response}`: the answer; of rows with options also `{options}` and `{gold_text}`."""
     right: str = "Yes"
     wrong: str = "No"
     max_tokens: int = 16

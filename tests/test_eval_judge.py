@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from eval_fixtures import evaluate, read_json, read_log, run, write_rows, write_samples
 
-from data_tools.samples import read_prompts
-from eval.judge import judge_verdict, written_verdict
+from data_tools.samples import read_prompts, read_samples
+from eval.items import read_items
+from eval.judge import judge_items, judge_verdict, written_verdict
 from eval.stats import cohen_kappa
 from eval.task import load_task
 
@@ -134,3 +135,17 @@ def test_a_judge_behind_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[s
     write_samples(samples, {**TEXTS, "a": ["Something else."]})
     assert run("free_judged", data, tmp_path / "new", *more) == 2
     assert "id 'a#0' answers another text than is asked now" in capsys.readouterr().err
+
+
+def test_a_judge_is_shown_the_options_that_a_free_question_came_from(tmp_path: Path) -> None:
+    """An exam asked as an open question: the answer is free, the judge sees the options and the right one's text."""
+    task_file = tmp_path / "t.toml"
+    text = "{question}\\n{options}\\n{gold} is {gold_text}\\n{response}"
+    task_file.write_text(f'name = "n"\nkind = "free"\n[judge]\ntext = "{text}"\n', encoding="utf-8")
+    task = load_task(str(task_file))
+    row = {"id": "q", "question": "Where?", "options": {"A": "liver", "B": "heart"}, "answer": "B"}
+    (item,) = read_items(task, write_rows(tmp_path / "d.jsonl", [row]))
+    assert item.options == {} and item.prompt[-1].content == "Where?"
+    samples = read_samples(write_samples(tmp_path / "s.jsonl", {"q": ["In the chest."]})).samples
+    (asked,) = judge_items(task, [item], {"q": samples})
+    assert asked.prompt[-1].content == "Where?\nA. liver\nB. heart\nB is heart\nIn the chest."
