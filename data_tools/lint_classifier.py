@@ -73,7 +73,7 @@ def separations(
     left_out: Sequence[str] = (),
     only: str | None = None,
 ) -> list[Separation]:
-    """One result for each group of features, and "all" for those together that are not in left_out.
+    """One result for each group of features, and "all" for those together that are not in left_out, if there are any.
 
     only: the name of the one result that is wanted. groups: (P,) numbers; pairs of equal number are never on both sides
     of a split. Needs two groups or more.
@@ -81,7 +81,7 @@ def separations(
     features = _Features(chosen, rejected)
     folds = _folds(groups, seed)
     together = [group for group in GROUPS if group not in left_out]
-    sets = {group: [group] for group in GROUPS} | {"all": together}
+    sets = {group: [group] for group in GROUPS} | ({"all": together} if together else {})
     return [
         _separation(name, parts, features, groups, folds)
         for name, parts in sets.items()

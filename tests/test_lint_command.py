@@ -79,6 +79,8 @@ def test_what_is_allowed_is_left_out_of_all(clean: list[dict[str, Any]], tmp_pat
     code, report = run_lint(tmp_path, rows, "--allow", "length,all")
     assert code == 2 and report["refused"] == ["case"]
     assert run_lint(tmp_path, rows, "--refuse-above", "1")[0] == 0
+    code, report = run_lint(tmp_path, rows, "--allow", ",".join(SURFACE))
+    assert code == 0 and list(report["surface"]) == list(SURFACE[:-1])  # nothing is left to be judged together
 
 
 def test_small_sets_are_not_over_read(clean: list[dict[str, Any]], tmp_path: Path) -> None:
