@@ -3,6 +3,7 @@
 Only lines and JSON are judged here; what a row must hold is the business of `schema`. Blank lines and CRLF are fine.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -51,17 +52,29 @@ def read_records(paths: Sequence[str | Path], *, kind: Kind) -> list[Record]:
     return check_each(_scan_all(paths), check)
 
 
-def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """All rows, or no file: written beside it, then renamed. Raises UserError where that cannot be done."""
-    part = Path(f"{path}.part")
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """All rows, or no file: written beside it, then renamed (a device or a pipe is written to). Makes the folder.
+
+    Returns how many. Raises UserError where it cannot be written, and what `rows` raises.
+    """
+    target = Path(path)
+    part = target if target.exists() and not target.is_file() else Path(f"{path}.part")
+    written = 0
     try:
-        with open(part, "w", encoding="utf-8") as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8", newline="\n") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(part, path)
+                written += 1
+        if part != target:
+            os.replace(part, target)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if part != target:
+            with contextlib.suppress(OSError):  # renamed already, or never made
+                part.unlink()
+    return written
 
 
 def _check_unique(record: Record, value: object, seen: dict[str, Record]) -> None:

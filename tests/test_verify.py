@@ -87,5 +87,6 @@ def test_options_of_a_wrong_kind(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = write(tmp_path / "samples.jsonl", [{**PROBLEM, "text": "42"}])
+    (tmp_path / "no").write_text("a file")
     assert main(["--kind", "number", "--samples", samples, "--out", str(tmp_path / "no" / "o.jsonl")]) == 2
     assert "cannot be written" in capsys.readouterr().err

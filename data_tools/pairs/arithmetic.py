@@ -9,9 +9,6 @@ alone: no seed and no size of either part ever puts a held-out question into tra
 """
 
 import argparse
-import contextlib
-import json
-import os
 import random
 import sys
 import zlib
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
+from data_tools.jsonl import write_rows
 from data_tools.pairs.arithmetic_templates import NAMES, NUMBER_RANGES, TEMPLATES, THINGS, Template
 
 # Share of each slip among the rejected answers.
@@ -233,25 +231,6 @@ def make_row(
         "reference_answer": str(right.answer),
         "template": template.key,
     }
-
-
-def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> int:
-    """Write the rows as JSON lines, whole or not at all; returns how many. Raises UserError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            written = 0
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                written += 1
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # renamed already, or never made
-            partial.unlink()
-    return written
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ result of an earlier step (r1, r2, ...), and its sentence shows the calculation 
 from dataclasses import dataclass
 
 # Inclusive. Small on purpose: a small language model must be able to check each calculation.
-NUMBER_RANGES = {"few": (2, 9), "some": (11, 40), "many": (30, 90)}
+NUMBER_RANGES = {"few": (2, 9), "small": (2, 20), "some": (11, 40), "many": (30, 90)}
 
 NAMES = (
     "Amir Ben Carla Dana Elif Femi Grace Hugo Ines Jonas Kofi Lena Mina Nora Omar Petra Quinn Rosa Samir Tara Umar "
@@ -282,5 +282,56 @@ TEMPLATES = (
             Step("c", "*", "d", "{x} cars leave at night."),
             Step("r1", "-", "r2", "{x} cars stay."),
         ),
+    ),
+)
+
+ONE_STEP = (
+    Template(
+        "buys_more",
+        "{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?",
+        {"a": "small", "b": "few"},
+        (Step("a", "+", "b", "{name} has {x} {thing}."),),
+    ),
+    Template(
+        "gives_away",
+        "{name} has {a} {thing} and gives {b} of them to {other}. How many {thing} does {name} have left?",
+        {"a": "small", "b": "few"},
+        (Step("a", "-", "b", "{name} has {x} {thing} left."),),
+    ),
+    Template(
+        "bags_of",
+        "{name} packs {a} bags with {b} {thing} each. How many {thing} are in the bags?",
+        {"a": "few", "b": "few"},
+        (Step("a", "*", "b", "The bags hold {x} {thing}."),),
+    ),
+    Template(
+        "older_than",
+        "{name} is {a} years old. {other} is {b} years older. How old is {other}?",
+        {"a": "small", "b": "few"},
+        (Step("a", "+", "b", "{other} is {x} years old."),),
+    ),
+    Template(
+        "pages_left",
+        "A book has {a} pages. {name} has read {b} of them. How many pages are left to read?",
+        {"a": "small", "b": "few"},
+        (Step("a", "-", "b", "There are {x} pages left."),),
+    ),
+    Template(
+        "both_together",
+        "{name} has {a} {thing} and {other} has {b} {thing}. How many {thing} do they have together?",
+        {"a": "small", "b": "few"},
+        (Step("a", "+", "b", "Together they have {x} {thing}."),),
+    ),
+    Template(
+        "rows_of_seats",
+        "A hall has {a} rows with {b} seats in each row. How many seats does the hall have?",
+        {"a": "few", "b": "few"},
+        (Step("a", "*", "b", "The hall has {x} seats."),),
+    ),
+    Template(
+        "how_many_more",
+        "{name} has {a} {thing}. {other} has {b} {thing}. How many more {thing} does {name} have than {other}?",
+        {"a": "small", "b": "few"},
+        (Step("a", "-", "b", "{name} has {x} {thing} more."),),
     ),
 )
