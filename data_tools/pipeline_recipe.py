@@ -27,7 +27,7 @@
     outputs = ["{work}/round{round}/samples.jsonl"]   # files or folders that it makes, in {work}
     appends = true                              # it goes on by itself with what is there, and adds to it
     calls = { prompts = "{data}", n = 4, max_tokens = 256, model = "{policy}" }   # for the plan
-    when = "model"                              # only if this setting is not empty, false or 0; `unless`: only if it is
+    when = "model"      # only if this setting is not empty, false or 0 (of a list: each); `unless`: only if it is (each)
 
 Placeholders: the settings, {work}, {recipe} (the recipe's folder), {python} (this interpreter); in a loop also {round}
 and {previous} (the turn before; 0 in the first, {previous_round} says of which loop), {each_round} (the text once for
@@ -322,7 +322,7 @@ def _stages(path: Path, tables: _Checked, settings: Mapping[str, Setting]) -> li
         if stage.name in found:
             own.fail("another stage has this name")
         found[stage.name] = stage
-        if all(_is_on(own, key, settings) == (key == "when") for key in ("when", "unless") if key in own):
+        if all(_are_on(own, "when", settings)) and not any(_are_on(own, "unless", settings)):
             taking_part.append(stage)
     if not taking_part:
         _fail(path, "[[stage]]", "the settings leave out every stage")
@@ -355,11 +355,13 @@ def _stage(own: _Checked, path: Path, where: str) -> Stage:
     )
 
 
-def _is_on(own: _Checked, key: str, settings: Mapping[str, Setting]) -> bool:
-    name = own.text(key)
-    if name not in settings:
-        own.fail(f"'{key}': '{name}' is no setting{nearest(name, settings)}")
-    return settings[name] not in ("", [], False, 0)
+def _are_on(own: _Checked, key: str, settings: Mapping[str, Setting]) -> list[bool]:
+    """Of each setting that `when` or `unless` names, whether it says something; all are looked up."""
+    names = own.texts(key, single=True)
+    for name in names:
+        if name not in settings:
+            own.fail(f"'{key}': '{name}' is no setting{nearest(name, settings)}")
+    return [settings[name] not in ("", [], False, 0) for name in names]
 
 
 def _blocks(

@@ -272,3 +272,22 @@ def test_a_recipe_with_the_stages_of_another(folder: Path) -> None:
         with pytest.raises(UserError, match="small.toml: ") as caught:
             read_recipe("small.toml", ["data=data.jsonl"])
         assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "sets", "takes_part"),
+    [
+        ("when", (), True),
+        ("when", ("on=false",), False),
+        ("when", ("seed=0",), False),
+        ("unless", (), False),
+        ("unless", ("on=false",), False),
+        ("unless", ("on=false", "seed=0"), True),
+    ],
+)
+def test_a_stage_may_depend_on_several_settings(
+    key: str, sets: tuple[str, ...], takes_part: bool, folder: Path
+) -> None:
+    Path("r.toml").write_text(WHOLE.replace('name = "third"', f'name = "third"\n{key} = ["on", "seed"]'))
+    steps = check(read_recipe("r.toml", ["data=data.jsonl", *sets]))
+    assert ("third" in {step.stage.name for step in steps}) == takes_part
