@@ -27,7 +27,7 @@
     outputs = ["{work}/round{round}/samples.jsonl"]   # files or folders that it makes, in {work}
     appends = true                              # it goes on by itself with what is there, and adds to it
     calls = { prompts = "{data}", n = 4, max_tokens = 256, model = "{policy}" }   # for the plan
-    when = "model"      # only if this setting is not empty, false or 0 (of a list: each); `unless`: only if it is (each)
+    when = "model"    # only if this setting is not empty, false or 0 (of a list: each); `unless`: only if it is (each)
 
 Placeholders: the settings, {work}, {recipe} (the recipe's folder), {python} (this interpreter); in a loop also {round}
 and {previous} (the turn before; 0 in the first, {previous_round} says of which loop), {each_round} (the text once for
