@@ -89,7 +89,7 @@ def _write_requests(args: argparse.Namespace) -> None:
     write_requests(args.out, requests)
     counts = ", ".join(f"{states[name]} {name}" for name in ("have enough", "open", "used up their tries"))
     if args.state is not None:
-        write_state(args.state, f"{'go on' if states['open'] else 'stop'}: {counts}\n")
+        write_state(args.state, stops=not states["open"], because=counts)
     print(f"{len(questions)} questions: {counts}; {more} more answers to draw, {args.out}")
 
 

@@ -141,7 +141,7 @@ def _write_requests(args: argparse.Namespace) -> None:
     cost = f"at most {tokens} tokens" if args.max_tokens else "as many tokens each as the sampler's --max-tokens"
     total = sum(len(path.steps) for path in paths)
     if args.state is not None:
-        write_state(args.state, f"{'go on' if more else 'stop'}: {open_paths} paths open, {more} completions to draw\n")
+        write_state(args.state, stops=not more, because=f"{open_paths} paths open, {more} completions to draw")
     head = f"{len(paths)} paths, {total} steps: {len(asked)} beginnings ({states['shared']} steps share one)"
     print(f"{head}; {more} completions to draw, {cost}; {open_paths} paths open; {args.out}")
 

@@ -7,9 +7,9 @@
     python -m data_tools.rounds table --reports base/report.json best/report.json --out results.md
 
 Reports are `report.json` of `python -m eval.main run` on the same task and data, in the order of the rounds; the first
-one is of the model that the rounds began from. `state` writes a file for a loop's `stop_when`: it begins with "stop"
-where the last score is more than --tolerance below the best one before it, else with "go on"; a line each round stands
-below. Equal scores go on. `best` makes a folder with the files of the round that scored highest, the earliest of
+one is of the model that the rounds began from. `state` writes a file for a loop's `stop_when`: its first line is
+"stop" where the last score is more than --tolerance below the best one before it, else "go on"; a line each round
+stands below. Equal scores go on. `best` makes a folder with the files of the round that scored highest, the earliest of
 equals: hard links where the file system has them, so it takes no room. The development set chooses: the score of the
 chosen round on it is too good, and only a test set that nothing was chosen by says how good the model is. `table` puts
 reports, of any tasks, into one Markdown table: scores with intervals, and where an evaluation had a baseline the paired
@@ -63,13 +63,14 @@ def best_of(scores: Sequence[float]) -> int:
 
 def _state(args: argparse.Namespace) -> None:
     scores = read_scores(args.reports)
-    word = "stop: the last score fell" if has_fallen(scores, args.tolerance) else "go on"
-    best = best_of(scores)
+    falls, best = has_fallen(scores, args.tolerance), best_of(scores)
     lines = [
         f"{place} {score:.4f} {path}" for place, (score, path) in enumerate(zip(scores, args.reports, strict=True))
     ]
-    write_state(args.out, "\n".join([f"{word}; best is {best}", *lines]) + "\n")
-    print(f"{word}; scores {', '.join(f'{score:.4f}' for score in scores)}, best is {best}, {args.out}")
+    said = f"{'the last score fell' if falls else 'no fall'}; best is {best}"
+    write_state(args.out, stops=falls, because="\n".join([said, *lines]))
+    shown = ", ".join(f"{score:.4f}" for score in scores)
+    print(f"{'stop' if falls else 'go on'}: {said}; scores {shown}; {args.out}")
 
 
 def _best(args: argparse.Namespace) -> None:
@@ -99,7 +100,7 @@ def _table(args: argparse.Namespace) -> None:
             cells = (label, metric, str(result["items"]), f"{own['value']:.3f}", interval, change)
             lines.append(f"| {' | '.join(cells)} |")
             change = ""
-    write_state(args.out, "\n".join(lines) + "\n")
+    write_text(args.out, "\n".join(lines) + "\n")
     print(f"{len(args.reports)} reports: {args.out}")
 
 
@@ -112,8 +113,13 @@ def _read(path: str) -> Any:
     return report
 
 
-def write_state(path: str, text: str) -> None:
-    """A file for `stop_when` of a loop; text: begins with "stop" or "go on". Raises UserError."""
+def write_state(path: str, *, stops: bool, because: str) -> None:
+    """A file for `stop_when` of a loop: a line "stop" or "go on", and below what it follows from. Raises UserError."""
+    write_text(path, f"{'stop' if stops else 'go on'}\n{because}\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """The text, or no file: written beside it, then renamed. Raises UserError."""
     part = Path(f"{path}.part")
     try:
         part.write_text(text, encoding="utf-8")

@@ -8,6 +8,7 @@ from pool_fixtures import attempt, rows_of, write_answers
 
 from data_tools import balance, verify
 from data_tools.jsonl import write_rows
+from data_tools.pipeline_plan import says_stop
 from data_tools.pool import read_pool, write_pool
 from data_tools.samples import read_samples
 from eval import sample
@@ -58,10 +59,12 @@ def test_only_what_is_missing_is_asked_for(
 def test_the_state_of_a_loop_says_stop_when_nothing_is_open(asked: list[str], tmp_path: Path) -> None:
     goal = ["--right", "1", "--wrong", "1", "--at-once", "2", "--tries", "2", "--state", str(tmp_path / "state")]
     assert balance.main([*asked, *goal]) == 0
-    assert (tmp_path / "state").read_text() == "go on: 0 have enough, 3 open, 0 used up their tries\n"
+    assert not says_stop(str(tmp_path / "state"))
+    assert (tmp_path / "state").read_text() == "go on\n0 have enough, 3 open, 0 used up their tries\n"
     files = write_answers(tmp_path, {"a": [RIGHT, WRONG], "b": [RIGHT, RIGHT], "c": [WRONG, RIGHT]}, name="drawn_")
     assert balance.main([*asked, *goal, "--drawn", files[1], *files[2:]]) == 0
-    assert (tmp_path / "state").read_text() == "stop: 2 have enough, 0 open, 1 used up their tries\n"
+    assert says_stop(str(tmp_path / "state"))
+    assert (tmp_path / "state").read_text() == "stop\n2 have enough, 0 open, 1 used up their tries\n"
 
 
 def test_the_sampler_draws_just_these(asked: list[str], tmp_path: Path, tiny_model_dir: Path) -> None:

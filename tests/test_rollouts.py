@@ -8,6 +8,7 @@ from pool_fixtures import attempt, rows_of, write_answers
 
 from data_tools import rollouts, verify
 from data_tools.jsonl import read_records, write_rows
+from data_tools.pipeline_plan import says_stop
 from data_tools.pool import write_pool
 from data_tools.rollouts import hard_label, steps_wanted
 from data_tools.samples import Sample, prompt_digest, read_prompts, row_of
@@ -149,11 +150,11 @@ def test_decided_labels_need_no_more(stage: Stage, capsys: pytest.CaptureFixture
     names = {"q#0#0": 2, "q#0#1": 4, "q#0#2": 4, "q#1#1": 4, "q#1#2": 2}
     assert stage.ask(*options, again=True) == names
     assert "6 completions to draw" in (shown := capsys.readouterr().out) and "2 paths open" in shown
-    assert state.read_text() == "go on: 2 paths open, 6 completions to draw\n"
+    assert state.read_text() == "go on\n2 paths open, 6 completions to draw\n" and not says_stop(str(state))
     stage.draw()
     assert stage.ask(*options, again=True) == names
     assert "0 completions to draw" in (shown := capsys.readouterr().out) and "; 0 paths open" in shown
-    assert state.read_text() == "stop: 0 paths open, 0 completions to draw\n"
+    assert state.read_text() == "stop\n0 paths open, 0 completions to draw\n" and says_stop(str(state))
     wrong, right, _ = stage.label("--k", "4")
     assert wrong["hard"] == [1, 0, 0] and right["hard"] == [1, 1, 1]  # as with all completions
     assert wrong["counts"] == [1, 0, 0] and wrong["completions"] == [2, 4, 4]

@@ -10,6 +10,7 @@ import pytest
 
 from data_tools import rounds, split
 from data_tools.jsonl import write_rows
+from data_tools.pipeline_plan import says_stop
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -92,17 +93,22 @@ def reports(folder: Path, *scores: float, metric: str = "accuracy", items: int =
 def state(folder: Path, scores: Sequence[float], *more: str) -> list[str]:
     out = folder / "state"
     assert rounds.main(["state", "--reports", *reports(folder, *scores), "--out", str(out), *more]) == 0
-    return out.read_text().splitlines()
+    lines = out.read_text().splitlines()
+    assert says_stop(str(out)) == (lines[0] == "stop")  # as a recipe's loop reads it
+    return lines
 
 
 def test_rounds_stop_when_the_last_score_is_below_the_best_before(tmp_path: Path) -> None:
-    assert state(tmp_path, [0.5])[0] == "go on; best is 0"
-    assert state(tmp_path, [0.5, 0.5])[0] == "go on; best is 0"  # equal is no fall, and the earlier one is the best
-    assert state(tmp_path, [0.5, 0.625])[0] == "go on; best is 1"
+    assert state(tmp_path, [0.5])[:2] == ["go on", "no fall; best is 0"]
+    assert state(tmp_path, [0.5, 0.5])[:2] == [
+        "go on",
+        "no fall; best is 0",
+    ]  # equal is no fall, and the earlier one is the best
+    assert state(tmp_path, [0.5, 0.625])[:2] == ["go on", "no fall; best is 1"]
     fell = state(tmp_path, [0.5, 0.625, 0.5625])
-    assert fell[0] == "stop: the last score fell; best is 1"
-    assert fell[1:] == [f"{k} {score} {tmp_path}/r{k}.json" for k, score in enumerate(["0.5000", "0.6250", "0.5625"])]
-    assert state(tmp_path, [0.5, 0.625, 0.5625], "--tolerance", "0.0625")[0] == "go on; best is 1"
+    assert fell[:2] == ["stop", "the last score fell; best is 1"]
+    assert fell[2:] == [f"{k} {score} {tmp_path}/r{k}.json" for k, score in enumerate(["0.5000", "0.6250", "0.5625"])]
+    assert state(tmp_path, [0.5, 0.625, 0.5625], "--tolerance", "0.0625")[:2] == ["go on", "no fall; best is 1"]
 
 
 def test_the_best_rounds_files_take_no_room_and_replace_only_an_earlier_choice(
