@@ -227,7 +227,7 @@ def _section(name: str, table: Any) -> Any:
     for key, value in table.items():
         if key not in hints:
             raise ConfigError(f"{name}.{key}", value, f"no such key; did you mean {name}.{nearest(key, hints)}?")
-        values[key] = typed(f"{name}.{key}", value, hints[key])
+        values[key] = typed(f"{name}.{key}", value, hints[key], blank=True)  # a line end is a stop text
     return kind(**values)
 
 

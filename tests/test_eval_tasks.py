@@ -144,3 +144,10 @@ def test_the_digest_is_of_all_that_is_said() -> None:
     assert task().digest == task(vote={"threshold": 1}).digest != task(sampling={"seed": 1}).digest
     other = task(prompt={"text": "{question}?"})
     assert task(sampling={"seed": 1}).template_digest == task().template_digest != other.template_digest
+
+
+def test_a_line_end_is_a_stop_text_and_nothing_is_none() -> None:
+    tables = {"name": "t", "kind": "numeric", "sampling": {"stop": ["\n", "\n\n"]}}
+    assert parse_task(tables).sampling.stop == ("\n", "\n\n")
+    with pytest.raises(UserError, match="sampling.stop"):
+        parse_task({**tables, "sampling": {"stop": [""]}})

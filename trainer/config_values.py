@@ -41,8 +41,9 @@ def parse_text(key: str, text: str, hint: Any) -> object:
     return text
 
 
-def typed(key: str, value: object, hint: Any) -> Any:
-    """`value` as the field's type: a single item becomes a list of one, a whole number a float, "none" None.
+def typed(key: str, value: object, hint: Any, *, blank: bool = False) -> Any:
+    """`value` as the field's type: a single item becomes a list of one, a whole number a float, "none" None. blank: a
+    text may be white space, though not empty.
 
     Raises ConfigError naming the key, the value and what is expected.
     """
@@ -51,7 +52,7 @@ def typed(key: str, value: object, hint: Any) -> Any:
         return None
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(typed(key, item, get_args(kind)[0]) for item in items)
+        return tuple(typed(key, item, get_args(kind)[0], blank=blank) for item in items)
     if get_origin(kind) is Literal:
         if isinstance(value, str) and value in get_args(kind):
             return value
@@ -62,7 +63,7 @@ def typed(key: str, value: object, hint: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INT:
             return value
     elif kind is str:
-        if isinstance(value, str) and value.strip() and _is_unicode(value):
+        if isinstance(value, str) and value and (blank or value.strip()) and _is_unicode(value):
             return value
     elif isinstance(value, kind):
         return value
