@@ -25,9 +25,10 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
+from data_tools.command import counted, positive, run
 from data_tools.dedup import Rule, add_rule, distinct, rule_of
 from data_tools.errors import UserError
-from data_tools.pairs.carried import add_questions, counted, positive, read_by_id, run, values_of
+from data_tools.pairs.carried import add_questions, read_by_id, values_of
 from data_tools.pairs.exchange import RequestRow, read_prompt_texts, write_requests
 from data_tools.pool import Attempt, add_source, attempts_of, by_question, read_pool, usable, without, write_pool
 from data_tools.rounds import write_state

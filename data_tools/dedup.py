@@ -19,9 +19,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data_tools.command import counted, run
 from data_tools.edit_distance import edit_distance
 from data_tools.errors import UserError
-from data_tools.pairs.carried import counted, run
 from data_tools.pool import Attempt, add_source, attempts_of, by_question, read_pool, without, write_pool
 from data_tools.signatures import KINDS, Kind, Signature, signature, wrong_calculations
 from data_tools.steps import FENCE

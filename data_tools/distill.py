@@ -25,10 +25,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_tools.chunks import words_in
+from data_tools.command import counted, positive, run
 from data_tools.errors import UserError
 from data_tools.fields import BadReply
 from data_tools.jsonl import iter_jsonl, write_rows
-from data_tools.pairs.carried import CUT, add_files, add_questions, counted, positive, read_by_id, run
+from data_tools.pairs.carried import CUT, add_files, add_questions, read_by_id
 from data_tools.pairs.exchange import (
     Answer,
     PromptText,

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.command import run
 from data_tools.errors import DataError, UserError, check_each
 from data_tools.jsonl import iter_jsonl, write_rows
-from data_tools.pairs.carried import CUT, run
+from data_tools.pairs.carried import CUT
 from data_tools.pairs.exchange import (
     VERDICTS,
     Answer,

@@ -20,9 +20,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from data_tools.command import counted
 from data_tools.errors import DataError, UserError, check_each
 from data_tools.jsonl import iter_jsonl, write_rows
-from data_tools.pairs.carried import counted
 from data_tools.placeholders import fill
 from data_tools.questions import KINDS, id_of, question_id, read_questions
 from data_tools.samples import Prompt, digest_of, read_prompts

@@ -34,9 +34,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_tools.command import counted, positive, run
 from data_tools.errors import DataError, UserError, check_each
 from data_tools.jsonl import iter_jsonl, write_rows
-from data_tools.pairs.carried import counted, positive, run
 from data_tools.pairs.exchange import RequestRow, read_answers, write_requests
 from data_tools.pool import add_source, attempts_of, by_question, read_names, usable
 from data_tools.rollout_paths import StepPath, gold_paths, read_paths

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools.command import run
 from data_tools.errors import UserError
-from data_tools.pairs.carried import run
 
 NOTE = "best.json"
 """File in the chosen folder that says which one it is."""

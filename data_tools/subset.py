@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from data_tools.command import counted, positive
 from data_tools.errors import DataError, UserError, check_each
 from data_tools.jsonl import iter_jsonl, write_rows
-from data_tools.pairs.carried import counted, positive
 from data_tools.questions import id_of
 
 

@@ -26,11 +26,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_tools.chunks import clean_paragraphs, cut_chunks, words_in
+from data_tools.command import counted, positive, run
 from data_tools.errors import DataError, UserError, check_each
 from data_tools.fields import BadReply, read_fields, without_thinking, write_fields
 from data_tools.jsonl import iter_jsonl, write_rows
 from data_tools.overlap import SHINGLE, grams_of, units_of
-from data_tools.pairs.carried import CUT, counted, positive, run
+from data_tools.pairs.carried import CUT
 from data_tools.pairs.exchange import Answer, RequestRow, read_answers, read_prompt_texts, write_requests
 from data_tools.pairs.record import made_by
 from data_tools.questions import id_of

@@ -22,10 +22,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_tools.command import counted, run
 from data_tools.errors import DataError, UserError, check_each
 from data_tools.fields import BadReply, read_fields, write_fields
 from data_tools.jsonl import iter_jsonl, write_rows
-from data_tools.pairs.carried import counted, run
 from data_tools.pairs.exchange import Answer, RequestRow, read_answers, read_prompt_texts, write_requests
 from data_tools.pairs.record import made_by
 from data_tools.questions import KINDS, read_questions

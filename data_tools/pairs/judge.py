@@ -21,18 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.command import counted, positive, run
 from data_tools.errors import UserError
 from data_tools.pairs.carried import (
     Carried,
     FirstAnswer,
     add_questions,
-    counted,
     first_from,
     first_of,
-    positive,
     read_by_id,
     read_carried,
-    run,
     values_of,
     with_questions,
 )

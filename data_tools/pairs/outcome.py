@@ -18,8 +18,8 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
+from data_tools.command import counted, run
 from data_tools.errors import UserError
-from data_tools.pairs.carried import counted, run
 from data_tools.pairs.record import write_pairs
 from data_tools.pairs.selection import (
     Candidate,

@@ -17,9 +17,9 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from data_tools.command import counted, run
 from data_tools.errors import DataError, UserError, check_each
 from data_tools.jsonl import iter_jsonl
-from data_tools.pairs.carried import counted, run
 from data_tools.pairs.record import write_pairs
 from data_tools.pairs.selection import (
     Candidate,

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from data_tools.command import positive
 from data_tools.errors import UserError
 from data_tools.jsonl import write_rows
-from data_tools.pairs.carried import positive
 from data_tools.pairs.exchange import prompt_json
 from data_tools.pairs.record import PairRecord
 from data_tools.pool import Attempt

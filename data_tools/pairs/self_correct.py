@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_tools.command import counted, positive, run
 from data_tools.errors import UserError
 from data_tools.pairs.carried import (
     CUT,
@@ -34,11 +35,8 @@ from data_tools.pairs.carried import (
     add_choice_of_wrong,
     add_files,
     add_questions,
-    counted,
-    positive,
     read_by_id,
     read_carried,
-    run,
     values_of,
     with_questions,
     wrong_answers,

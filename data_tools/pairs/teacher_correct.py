@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
+from data_tools.command import counted, run
 from data_tools.errors import UserError
 from data_tools.pairs.carried import (
     CUT,
@@ -24,10 +25,8 @@ from data_tools.pairs.carried import (
     add_choice_of_wrong,
     add_files,
     add_questions,
-    counted,
     read_by_id,
     read_carried,
-    run,
     values_of,
     with_questions,
     wrong_answers,
