@@ -78,8 +78,8 @@ def _best(args: argparse.Namespace) -> None:
         raise UserError(f"--folders: {len(args.folders)} for {len(args.reports)} reports; give one for each")
     scores = read_scores(args.reports)
     best = best_of(scores)
-    chosen = {"place": best, "folder": args.folders[best], "scores": scores}
-    _link_folder(Path(args.folders[best]), Path(args.out), json.dumps(chosen) + "\n")
+    note = json.dumps({"files_of": args.folders[best]}) + "\n"  # not the scores: the same choice is the same folder
+    _link_folder(Path(args.folders[best]), Path(args.out), note)
     print(f"{args.out}: the files of {args.folders[best]} (score {scores[best]:.4f}, place {best} of {len(scores)})")
 
 
