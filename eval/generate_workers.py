@@ -34,7 +34,7 @@ def in_processes(works: Sequence[Work], stopped: Callable[[], bool]) -> Iterator
     try:
         for work in works:
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_run, args=(work, ended, sender), daemon=True)
+            process = context.Process(target=_run, args=(work, ended, sender, [*running, receiver]), daemon=True)
             process.start()
             sender.close()
             running[receiver] = process
@@ -51,13 +51,16 @@ def in_processes(works: Sequence[Work], stopped: Callable[[], bool]) -> Iterator
                     raise kind(content)
     finally:
         ending.value = 1
-        for receiver, process in running.items():
+        for receiver in running:  # all of them first: who waits for a reader learns that there is none
             receiver.close()
+        for process in running.values():
             process.join()
 
 
-def _run(work: Work, ended: Callable[[], bool], sender: Connection) -> None:
-    """In a process: send each that comes, then how it ended."""
+def _run(work: Work, ended: Callable[[], bool], sender: Connection, receivers: Sequence[Connection]) -> None:
+    """In a process: send each that comes, then how it ended. receivers: the parent's, which a fork opens here too."""
+    for receiver in receivers:
+        receiver.close()
     torch.set_num_threads(1)
     try:
         for each in work(ended):

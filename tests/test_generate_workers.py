@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -103,6 +104,23 @@ def test_stopping_and_closing_end_all_processes() -> None:
     endless = in_processes([counting, counting], never)
     assert next(endless) == 0
     endless.close()  # type: ignore[attr-defined]
+
+
+def flooding(ended: Callable[[], bool]) -> Iterator[bytes]:
+    """More than a pipe holds, so that a process waits for its reader."""
+    while not ended():
+        yield bytes(1 << 20)
+
+
+def test_closing_ends_processes_that_wait_to_be_read() -> None:
+    """Each was forked while pipes of the ones before it were open, and must not keep them open."""
+    endless = in_processes([flooding] * 3, never)
+    assert len(next(endless)) == 1 << 20
+    time.sleep(0.5)  # all pipes are full now
+    closing = threading.Thread(target=endless.close, daemon=True)  # type: ignore[attr-defined]
+    closing.start()
+    closing.join(timeout=20)
+    assert not closing.is_alive()
 
 
 def test_processes_end_with_their_parent(tmp_path: Path) -> None:
