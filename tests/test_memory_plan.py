@@ -30,7 +30,8 @@ from trainer.memory_plan import (
     plan_memory,
 )
 from trainer.models.config import ModelConfig
-from trainer.models.decoder import Decoder, SharedByLayers
+from trainer.models.decoder import Decoder
+from trainer.models.shared_by_layers import SharedByLayers
 from trainer.optim import AdamW, MasterWeights
 from trainer.parallelize import recompute_activations
 from trainer.startup import is_sharded, open_data

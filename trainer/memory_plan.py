@@ -23,7 +23,8 @@ from trainer.config import Config
 from trainer.lora_memory import adapter_sizes
 from trainer.models.attention import BATCH_SCORES
 from trainer.models.config import ModelConfig
-from trainer.models.decoder import SHAPE_STEP, Decoder
+from trainer.models.decoder import Decoder
+from trainer.models.shared_by_layers import SHAPE_STEP
 
 FLOAT32 = 4
 ROW_OVERHEAD = 250

@@ -6,7 +6,7 @@ Letters: T tokens of the stream, N scored tokens, D width, V vocabulary, H query
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +15,13 @@ from torch import Tensor, nn
 from kernels.linear_logps import linear_logps
 from kernels.reference import compute_dtype
 from kernels.rms_norm import add_rms_norm
-from kernels.rope import apply_rope, rotate_whole, whole_head
 from kernels.swiglu_linear import geglu, geglu_linear, swiglu, swiglu_linear
 from trainer.batch import Stream
-from trainer.models.attention_form import stream_attend
 from trainer.models.config import ModelConfig
 from trainer.models.families import Layer
 from trainer.models.kv_cache import PromptCache, SlotCache
-from trainer.models.rope import Rope
+from trainer.models.shared_by_layers import Shared, SharedByLayers, SharedByLayersOfSlots, padded
 from trainer.models.tied_embedding import embed_tied
-
-SHAPE_STEP = 32
-"""Tokens and scored tokens are padded to a multiple of this, so that products have few different shapes: the CPU
-library builds a program for each shape, which takes milliseconds and about 1 MB. No token sees a padded one."""
 
 
 class Norm(nn.Module):
@@ -75,7 +69,7 @@ class SelfAttention(nn.Module):
                 own = {"head": (config.head_dim,), "all": (count * config.head_dim,), "each": (count, config.head_dim)}
                 self.add_module(name, Norm(config, *own[config.qk_norm]))
 
-    def forward(self, x_TD: Tensor, shared: "Shared") -> Tensor:
+    def forward(self, x_TD: Tensor, shared: Shared) -> Tensor:
         if self.fused:
             q, k, v = self.qkv_proj(x_TD).split(self.widths, dim=-1)
             if torch.is_grad_enabled():
@@ -87,7 +81,7 @@ class SelfAttention(nn.Module):
         out_THh = shared.attention(self.layer, q_THh, k_TKh, v_TKh)
         return getattr(self, self.output)(out_THh.flatten(-2))
 
-    def _heads(self, x: Tensor, norm: str, shared: "Shared") -> Tensor:
+    def _heads(self, x: Tensor, norm: str, shared: Shared) -> Tensor:
         """(T, heads h) as (T, heads, h), normed where this family does so."""
         if self.qk_norm == "all":
             x = getattr(self, norm)(x, None, shared.impl)[1]
@@ -161,14 +155,14 @@ class Block(nn.Module):
         self.recompute: Callable | None = None
         """Runs a function so that the backward pass computes it again (trainer.parallelize); None: keep activations."""
 
-    def forward(self, x_TD: Tensor, added_TD: Tensor | None, shared: "Shared") -> tuple[Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, added_TD: Tensor | None, shared: Shared) -> tuple[Tensor, Tensor]:
         """The residual stream is x + added, in and out: the sum is left to the norm that reads it next."""
         if self.recompute is None or not torch.is_grad_enabled():
             return self._run(x_TD, added_TD, shared)
         # one tensor is kept for each block, not two
         return self.recompute(self._run, _sum(x_TD, added_TD), None, shared)
 
-    def _run(self, x_TD: Tensor, added_TD: Tensor | None, shared: "Shared") -> tuple[Tensor, Tensor]:
+    def _run(self, x_TD: Tensor, added_TD: Tensor | None, shared: Shared) -> tuple[Tensor, Tensor]:
         before_attention, after_attention, before_mlp, after_mlp = self.norms
         x_TD, normed_TD = self._enter(before_attention, x_TD, added_TD, shared)
         added_TD = self._leave(after_attention, self.self_attn(normed_TD, shared), shared)
@@ -177,114 +171,15 @@ class Block(nn.Module):
         x_TD, normed_TD = self._enter(before_mlp, x_TD, added_TD, shared)
         return x_TD, self._leave(after_mlp, self.mlp(normed_TD, shared.impl), shared)
 
-    def _enter(
-        self, norm: str | None, x_TD: Tensor, added_TD: Tensor | None, shared: "Shared"
-    ) -> tuple[Tensor, Tensor]:
+    def _enter(self, norm: str | None, x_TD: Tensor, added_TD: Tensor | None, shared: Shared) -> tuple[Tensor, Tensor]:
         """The residual stream, summed, and what attention or the MLP reads of it."""
         if norm is not None:
             return getattr(self, norm)(x_TD, added_TD, shared.impl)
         total_TD = _sum(x_TD, added_TD)
         return total_TD, total_TD
 
-    def _leave(self, norm: str | None, x_TD: Tensor, shared: "Shared") -> Tensor:
+    def _leave(self, norm: str | None, x_TD: Tensor, shared: Shared) -> Tensor:
         return x_TD if norm is None else getattr(self, norm)(x_TD, None, shared.impl)[1]
-
-
-class RopeTables(NamedTuple):
-    """(T, h / 2) float32. The queries' tables carry the scale of attention, which so costs neither a pass nor a
-    rounding."""
-
-    cos: Tensor
-    sin: Tensor
-    scaled_cos: Tensor
-    scaled_sin: Tensor
-
-
-class SharedByLayers:
-    """What layers need of the stream: rotary tables by kind of rotary embedding, attention by sliding window."""
-
-    def __init__(
-        self,
-        stream: Stream,
-        config: ModelConfig,
-        impl: str,
-        attention: str,
-        dtype: torch.dtype,
-        cache: PromptCache | None = None,
-    ) -> None:
-        self.impl, self.scale = impl, config.attention_scale
-        positions = _padded(stream.positions)
-        self.tables: dict[Rope | None, RopeTables | None] = {None: None}
-        self.attend: dict[int | None, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
-        for layer in config.layers:
-            if layer.rope not in self.tables:
-                beyond = None
-                if layer.rope.by_length:
-                    beyond = _beyond_original(layer.rope, stream, len(positions)).to(positions.device)
-                cos, sin = layer.rope.tables(positions, config.head_dim, beyond=beyond)
-                self.tables[layer.rope] = RopeTables(cos, sin, cos * self.scale, sin * self.scale)
-            if layer.window not in self.attend:
-                own = stream_attend(attention, stream, len(positions), config, dtype, window=layer.window)
-                self.attend[layer.window] = own if cache is None else cache.attend(own)
-
-    def attention(self, layer: Layer, q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
-        """(T, H, h), of queries and keys that are not turned yet."""
-        tables, rope = self.tables[layer.rope], layer.rope
-        if rope is None or tables is None:
-            q_THh = q_THh * self.scale
-        else:
-            q_THh = apply_rope(rope.halves(q_THh), tables.scaled_cos, tables.scaled_sin, impl=self.impl)
-            k_TKh = apply_rope(rope.halves(k_TKh), tables.cos, tables.sin, impl=self.impl)
-        return self.attend[layer.window](q_THh, k_TKh, v_TKh)
-
-
-class SharedByLayersOfSlots:
-    """The same for one token a slot. How many operations there are is what takes time then: queries, keys and values
-    are turned as one (values by nothing), by tables (S, H + 2 K, h) that are made once for all layers."""
-
-    def __init__(self, stream: Stream, config: ModelConfig, impl: str, cache: SlotCache) -> None:
-        self.impl = impl
-        self.tables: dict[Rope | None, tuple[Tensor, Tensor]] = {}
-        self.attend: dict[int | None, Callable[[Tensor], Tensor]] = {}
-        for layer in config.layers:
-            if layer.rope not in self.tables:
-                self.tables[layer.rope] = self._tables(layer.rope, stream.positions, config, cache)
-            if layer.window not in self.attend:
-                self.attend[layer.window] = cache.attend(layer.window)
-
-    def _tables(
-        self, rope: Rope | None, positions: Tensor, config: ModelConfig, cache: SlotCache
-    ) -> tuple[Tensor, Tensor]:
-        one = torch.ones(len(positions), config.head_dim // 2, device=positions.device)
-        still = one, torch.zeros_like(one)
-        cos, sin = (
-            still if rope is None else rope.tables(positions, config.head_dim, beyond=cache.beyond.to(one.device))
-        )
-        scale, counts = config.attention_scale, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        by_kind = (cos * scale, sin * scale), (cos, sin), still
-        cos, sin = (
-            torch.cat([half[:, None].expand(-1, count, -1) for half, count in zip(own, counts, strict=True)], dim=1)
-            for own in zip(*by_kind, strict=True)
-        )
-        return whole_head(cos, sin)
-
-    def attention(self, layer: Layer, q_SHh: Tensor, k_SKh: Tensor, v_SKh: Tensor) -> Tensor:
-        """(S, H, h), of queries and keys that are not turned yet."""
-        if layer.rope is not None:
-            q_SHh, k_SKh = layer.rope.halves(q_SHh), layer.rope.halves(k_SKh)
-        turned = rotate_whole(torch.cat((q_SHh, k_SKh, v_SKh), dim=1), *self.tables[layer.rope])
-        return self.attend[layer.window](turned)
-
-
-Shared = SharedByLayers | SharedByLayersOfSlots
-
-
-def _beyond_original(rope: Rope, stream: Stream, num_tokens: int) -> Tensor:
-    """(T,) bool: tokens of groups that are longer than what the model was first trained on. Raises ModelError."""
-    found = torch.zeros(num_tokens, dtype=torch.bool)
-    for group in stream.layout:
-        found[group.start : group.stop] = rope.is_beyond(group.lengths)
-    return found
 
 
 class Decoder(nn.Module):
@@ -343,17 +238,17 @@ class Decoder(nn.Module):
             shared = SharedByLayersOfSlots(stream, self.config, impl, cache)
         else:
             shared = SharedByLayers(stream, self.config, impl, self.attention_form, dtype, cache)
-        x_TD, head_weight = self._embed(stream.tokens if one_token else _padded(stream.tokens))
+        x_TD, head_weight = self._embed(stream.tokens if one_token else padded(stream.tokens))
         added_TD = None
         for layer in self.layers:
             x_TD, added_TD = layer(x_TD, added_TD, shared)
         x_TD = _sum(x_TD, added_TD)
         if output == "logps":
-            hidden_ND = self._norm(x_TD.index_select(0, _padded(stream.score_index)))
-            logps = self._logps(hidden_ND, head_weight, _padded(stream.score_targets))
+            hidden_ND = self._norm(x_TD.index_select(0, padded(stream.score_index)))
+            logps = self._logps(hidden_ND, head_weight, padded(stream.score_targets))
             return logps[:num_scored].clone()  # not a view: FSDP2 hooks the tensor that is returned
         if output == "rewards":
-            hidden_ND = self._norm(x_TD.index_select(0, _padded(stream.score_index)))
+            hidden_ND = self._norm(x_TD.index_select(0, padded(stream.score_index)))
             return self._rewards(hidden_ND)[:num_scored].clone()
         if output == "next":
             picked = x_TD if one_token else x_TD.index_select(0, stream.score_index)
@@ -400,11 +295,6 @@ class Decoder(nn.Module):
         logits = logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
         logits = logits if self._head_bias is None else logits + self._head_bias
         return logits if cap is None else (logits / cap).tanh() * cap
-
-
-def _padded(values: Tensor) -> Tensor:
-    """(n,) int64 with zeros behind it up to a multiple of SHAPE_STEP."""
-    return F.pad(values, (0, -len(values) % SHAPE_STEP))
 
 
 def _sum(x: Tensor, added: Tensor | None) -> Tensor:
