@@ -24,9 +24,10 @@ from data_tools.errors import UserError
 from data_tools.pipeline_guard import StopSignals, run_guarded
 from data_tools.pipeline_plan import count_samples, plan, samples_path, says_stop, table
 from data_tools.pipeline_provenance import code_state, describe_output, write_provenance
-from data_tools.pipeline_recipe import Loop, Recipe, nearest, read_recipe
+from data_tools.pipeline_recipe import Loop, Recipe, read_recipe
 from data_tools.pipeline_stages import Step, check, label, makers, masked, plain_text, shown, walk
 from data_tools.pipeline_state import Record, Status, WorkFolder, WorkLock
+from data_tools.pipeline_tables import nearest
 
 TAIL_BYTES = 1 << 16
 TAIL_LINES = 20

@@ -38,16 +38,16 @@ A list stands alone as "{name}" and becomes its items.
 `extends = "other.toml"`: stages of a recipe beside this one, with settings of its own (data_tools/pipeline_extends.py).
 """
 
-import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from data_tools.errors import UserError
 from data_tools.pipeline_extends import extended
+from data_tools.pipeline_tables import CheckedTable, fail, nearest, read_tables
 from data_tools.placeholders import fill, names_in
 
 Setting = str | int | float | bool | list[str]
@@ -124,7 +124,7 @@ class Recipe:
 def read_recipe(path: str | Path, sets: Sequence[str] = ()) -> Recipe:
     """Read a recipe; sets: `key=value` texts over its settings. Raises UserError naming table and key."""
     path = Path(path)
-    tables = _Checked(str(path), "", extended(path, _tables), RECIPE_KEYS)
+    tables = CheckedTable(str(path), "", extended(path, read_tables), RECIPE_KEYS)
     name = tables.text("name", NAME)
     tables.text("about", None, "")
     overridden = _overrides(sets)
@@ -132,16 +132,16 @@ def read_recipe(path: str | Path, sets: Sequence[str] = ()) -> Recipe:
     required = tables.table("required")
     for key, text in required.items():
         if key not in settings:
-            _fail(path, "[required]", f"'{key}' is no setting; known: {', '.join(sorted(settings))}")
+            fail(path, "[required]", f"'{key}' is no setting; known: {', '.join(sorted(settings))}")
         if not isinstance(text, str):
-            _fail(path, "[required]", f"'{key}': expected a text that says what is needed")
+            fail(path, "[required]", f"'{key}': expected a text that says what is needed")
         if settings[key] in ("", []):
             raise UserError(f"{path}: setting '{key}' is empty: {text}; give it by --set {key}=...")
     work_text = overridden.get("work", tables.text("work", None, f"runs/recipes/{name}"))
     try:
         work = Path(fill(work_text, {**texts(settings), "recipe": str(path.parent)}))
     except KeyError as error:
-        _fail(path, "work", f"{{{error.args[0]}}} is no setting")
+        fail(path, "work", f"{{{error.args[0]}}} is no setting")
     loops = {key: _loop(path, key, table) for key, table in tables.table("loops").items()}
     block = Block(None, _blocks(path, _stages(path, tables, settings), loops, 0, set()))
     _check_names(path, settings, loops)
@@ -156,90 +156,6 @@ def texts(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the known name most like this one, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean '{near[0]}'?)" if near else ""
-
-
-def _fail(path: Path, where: str, problem: str) -> NoReturn:
-    raise UserError(f"{path}: {where}: {problem}" if where else f"{path}: {problem}")
-
-
-def _tables(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is no TOML: {error}") from error
-
-
-class _Checked:
-    """A table whose keys are known, read by kind; every fault names the file and the table."""
-
-    def __init__(self, path: str, where: str, table: object, known: Sequence[str]) -> None:
-        self._path, self._where = Path(path), where
-        if not isinstance(table, dict):
-            _fail(self._path, where, "expected a table")
-        for key in table:
-            if key not in known:
-                self.fail(f"'{key}' is not known{nearest(key, known)}; known: {', '.join(known)}")
-        self._table: dict[str, Any] = table
-
-    def fail(self, problem: str) -> NoReturn:
-        _fail(self._path, self._where, problem)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._table
-
-    def text(self, key: str, pattern: re.Pattern[str] | None = None, default: str | None = None) -> str:
-        """A string; one without default must be there and not be empty."""
-        value = self._table.get(key, default)
-        if value is None:
-            self.fail(f"'{key}' is missing")
-        if not isinstance(value, str) or (default is None and not value):
-            self.fail(f"'{key}': expected a text")
-        if pattern and not pattern.fullmatch(value):
-            self.fail(f"'{key}': '{value}' has other characters than letters, digits, _ and -")
-        return value
-
-    def optional(self, key: str) -> str | None:
-        return self.text(key) if key in self else None
-
-    def count(self, key: str, default: str | None = None) -> str | None:
-        """A whole number, or a text (a placeholder) that becomes one."""
-        value = self._table.get(key, default)
-        if value is None or isinstance(value, str):
-            return value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            self.fail(f"'{key}': expected a whole number or a placeholder, got {value!r}")
-        return str(value)
-
-    def texts(self, key: str, *, single: bool = False) -> tuple[str, ...]:
-        value = self._table.get(key, [])
-        if single and isinstance(value, str):
-            return (value,)
-        if not isinstance(value, list) or not all(isinstance(own, str) and own for own in value):
-            self.fail(f"'{key}': expected a list of texts")
-        return tuple(value)
-
-    def flag(self, key: str) -> bool:
-        value = self._table.get(key, False)
-        if not isinstance(value, bool):
-            self.fail(f"'{key}': expected true or false")
-        return value
-
-    def table(self, key: str) -> dict[str, Any]:
-        value = self._table.get(key, {})
-        if not isinstance(value, dict):
-            self.fail(f"'{key}': expected a table")
-        return value
-
-    def get(self, key: str) -> Any:
-        return self._table.get(key)
-
-
 def _overrides(sets: Sequence[str]) -> dict[str, str]:
     found = {}
     for text in sets:
@@ -250,15 +166,15 @@ def _overrides(sets: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _settings(path: Path, tables: _Checked, overridden: Mapping[str, str]) -> dict[str, Setting]:
+def _settings(path: Path, tables: CheckedTable, overridden: Mapping[str, str]) -> dict[str, Setting]:
     """The recipe's, with {recipe} filled in, and what --set says over them."""
     settings: dict[str, Setting] = {}
     for key, value in tables.table("settings").items():
         if not WORD.fullmatch(key):
-            _fail(path, "[settings]", f"'{key}': a name has letters, digits and _")
+            fail(path, "[settings]", f"'{key}': a name has letters, digits and _")
         is_list = isinstance(value, list) and all(isinstance(own, str) for own in value)
         if not is_list and not isinstance(value, str | int | float | bool):
-            _fail(path, "[settings]", f"'{key}': expected a text, a number, true, false or a list of texts")
+            fail(path, "[settings]", f"'{key}': expected a text, a number, true, false or a list of texts")
         folder = str(path.parent)
         settings[key] = value.replace("{recipe}", folder) if isinstance(value, str) else value
         if isinstance(value, list):
@@ -292,14 +208,14 @@ def _parsed(key: str, text: str, default: Setting) -> Setting:
 def _loop(path: Path, name: str, table: object) -> Loop:
     where = f"[loops.{name}]"
     if not WORD.fullmatch(name):
-        _fail(path, where, "a name has letters, digits and _")
-    own = _Checked(str(path), where, table, LOOP_KEYS)
+        fail(path, where, "a name has letters, digits and _")
+    own = CheckedTable(str(path), where, table, LOOP_KEYS)
     times = own.count("times")
     if times is None:
         own.fail("'times' is missing")
     carry = {}
     for key, value in own.table("carry").items():
-        one = _Checked(str(path), f"[loops.{name}.carry.{key}]", value, CARRY_KEYS)
+        one = CheckedTable(str(path), f"[loops.{name}.carry.{key}]", value, CARRY_KEYS)
         carry[key] = (one.text("first"), one.text("then"))
     stop_when = own.optional("stop_when")
     if stop_when is not None and name not in names_in(stop_when):
@@ -307,17 +223,17 @@ def _loop(path: Path, name: str, table: object) -> Loop:
     return Loop(name=name, times=times, stop_when=stop_when, carry=carry)
 
 
-def _stages(path: Path, tables: _Checked, settings: Mapping[str, Setting]) -> list[Stage]:
+def _stages(path: Path, tables: CheckedTable, settings: Mapping[str, Setting]) -> list[Stage]:
     """Those that take part; all are checked."""
     rows = tables.get("stage")
     if not isinstance(rows, list) or not rows:
-        _fail(path, "[[stage]]", "a recipe has at least one")
+        fail(path, "[[stage]]", "a recipe has at least one")
     found: dict[str, Stage] = {}
     taking_part = []
     for number, row in enumerate(rows, start=1):
         name = row.get("name") if isinstance(row, dict) else None
         where = f"stage '{name}'" if isinstance(name, str) else f"stage {number}"
-        own = _Checked(str(path), where, row, STAGE_KEYS)
+        own = CheckedTable(str(path), where, row, STAGE_KEYS)
         stage = _stage(own, path, where)
         if stage.name in found:
             own.fail("another stage has this name")
@@ -325,17 +241,17 @@ def _stages(path: Path, tables: _Checked, settings: Mapping[str, Setting]) -> li
         if all(_are_on(own, "when", settings)) and not any(_are_on(own, "unless", settings)):
             taking_part.append(stage)
     if not taking_part:
-        _fail(path, "[[stage]]", "the settings leave out every stage")
+        fail(path, "[[stage]]", "the settings leave out every stage")
     return taking_part
 
 
-def _stage(own: _Checked, path: Path, where: str) -> Stage:
+def _stage(own: CheckedTable, path: Path, where: str) -> Stage:
     command, outputs = own.texts("command"), own.texts("outputs")
     if not command or not outputs:
         own.fail(f"'{'outputs' if command else 'command'}' is missing")
     calls = None
     if "calls" in own:
-        table = _Checked(str(path), f"{where}: calls", own.get("calls"), CALL_KEYS)
+        table = CheckedTable(str(path), f"{where}: calls", own.get("calls"), CALL_KEYS)
         calls = Calls(
             prompts=table.text("prompts"),
             n=table.count("n", "1") or "1",
@@ -355,7 +271,7 @@ def _stage(own: _Checked, path: Path, where: str) -> Stage:
     )
 
 
-def _are_on(own: _Checked, key: str, settings: Mapping[str, Setting]) -> list[bool]:
+def _are_on(own: CheckedTable, key: str, settings: Mapping[str, Setting]) -> list[bool]:
     """Of each setting that `when` or `unless` names, whether it says something; all are looked up."""
     names = own.texts(key, single=True)
     for name in names:
@@ -377,9 +293,9 @@ def _blocks(
             continue
         name = stage.each[depth]
         if name not in loops:
-            _fail(path, f"stage '{stage.name}'", f"each: there is no [loops.{name}]{nearest(name, loops)}")
+            fail(path, f"stage '{stage.name}'", f"each: there is no [loops.{name}]{nearest(name, loops)}")
         if name in seen:
-            _fail(path, f"stage '{stage.name}'", f"the stages of loop '{name}' do not stand together")
+            fail(path, f"stage '{stage.name}'", f"the stages of loop '{name}' do not stand together")
         seen.add(name)
         turn = []
         while rest and rest[0].each[: depth + 1] == stage.each[: depth + 1]:
@@ -395,8 +311,8 @@ def _check_names(path: Path, settings: Mapping[str, Setting], loops: Mapping[str
         own = [loop.name, *(f"{word}_{loop.name}" for word in ("previous", "last", "each", "each_before")), *loop.carry]
         for name in own:
             if name in taken:
-                _fail(path, f"[loops.{loop.name}]", f"{{{name}}} is {taken[name]} already; take another name")
+                fail(path, f"[loops.{loop.name}]", f"{{{name}}} is {taken[name]} already; take another name")
             taken[name] = f"of [loops.{loop.name}]"
     for name in settings:
         if name in taken:
-            _fail(path, "[settings]", f"{{{name}}} is {taken[name]}; take another name")
+            fail(path, "[settings]", f"{{{name}}} is {taken[name]}; take another name")

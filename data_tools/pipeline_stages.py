@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
-from data_tools.pipeline_recipe import Block, Calls, Loop, Recipe, Stage, nearest, texts
+from data_tools.pipeline_recipe import Block, Calls, Loop, Recipe, Stage, texts
+from data_tools.pipeline_tables import nearest
 from data_tools.placeholders import fill, names_in
 
 OWN_FILES = ("pipeline", "logs", "provenance.json", "provenance.md")
