@@ -19,7 +19,7 @@ from trainer.models.config import ModelConfig
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 STEP = 32
-"""Lengths that products see are rounded up to a multiple, so that they come in few shapes (shared_by_layers.SHAPE_STEP)."""
+"""Lengths that products see are rounded up to a multiple, so that they come in few shapes (see SHAPE_STEP)."""
 GROWTH = 1.5
 """Room is made for so many times what is needed."""
 SMALL = 1 << 24
