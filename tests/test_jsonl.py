@@ -2,14 +2,18 @@
 
 import gzip
 import json
+import os
+import stat
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.errors import MAX_ERRORS, DataError, DataErrors
-from data_tools.jsonl import iter_jsonl, read_records
+from data_tools.errors import MAX_ERRORS, DataError, DataErrors, UserError
+from data_tools.jsonl import iter_jsonl, read_records, write_rows
 
 PAIR = b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
 
@@ -138,3 +142,31 @@ def test_public_pairs_are_read_whole(shared_dir: Path) -> None:
     records = read_records([shared_dir / "data/pref/train.jsonl", shared_dir / "data/pref/long.jsonl"], kind="pair")
     assert len(records) == 1504 + 40
     assert len(read_records([shared_dir / "data/pref/train.jsonl"], kind="sft")) == 1504
+
+
+def test_rows_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    assert write_rows(path, [{"id": "a", "text": "سلام"}, {"id": "b"}]) == 2
+    before = path.read_bytes()
+    assert before == '{"id": "a", "text": "سلام"}\n{"id": "b"}\n'.encode()
+
+    def broken() -> Iterator[dict[str, str]]:
+        yield {"id": "c"}
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        write_rows(path, broken())
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
+    with pytest.raises(UserError, match="cannot be written"):
+        write_rows(path / "below_a_file.jsonl", [])
+
+
+def test_rows_go_into_a_pipe_and_leave_it(tmp_path: Path) -> None:
+    """What is no file is not replaced by one: not a pipe here, and not a device."""
+    pipe, found = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: found.append(pipe.read_text(encoding="utf-8")), daemon=True)
+    reader.start()
+    write_rows(pipe, [{"id": "a"}])
+    reader.join(timeout=10)
+    assert found == ['{"id": "a"}\n'] and stat.S_ISFIFO(pipe.stat().st_mode)
