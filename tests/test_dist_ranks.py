@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from run_fixtures import (
     HELD_OUT,
     OWN_PAIRS,
@@ -92,6 +94,22 @@ def test_under_torchrun_and_without_it_once_it_died(tiny_model_dir: Path, tmp_pa
     finally:
         with suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
+
+
+def test_a_worker_whose_torchrun_died_before_it_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens where torchrun's store was: said soon, not after dist.timeout_s."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in (names | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "REFUSED_S", 0.5)
+    began = time.monotonic()
+    with pytest.raises(torch.distributed.DistNetworkError, match="torchrun, which listened at .* is gone") as caught:
+        dist.start(torch.device("cpu"), timeout_s=100)
+    assert time.monotonic() - began < 50
+    assert dist.lost_rank(caught.value) == "another rank has ended or cannot be reached"
 
 
 @pytest.mark.long

@@ -3,6 +3,8 @@ process group."""
 
 import functools
 import os
+import socket
+import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
@@ -16,6 +18,9 @@ from trainer.errors import ConfigError
 LAUNCHER = os.getppid()
 TIMEOUT_S = 600.0
 """How long a rank waits for another one, in seconds, unless `start` is told otherwise."""
+
+REFUSED_S = 10.0
+"""How long torchrun's store may refuse a worker, in seconds, before torchrun counts as gone."""
 
 SideGroup = torch_dist.ProcessGroup | None
 """Ranks beside the main group; None: the main one, or a world of one."""
@@ -68,6 +73,8 @@ def start(device: torch.device, timeout_s: float = TIMEOUT_S) -> None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     serves = is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     patience, address = timedelta(seconds=timeout_s), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _find_torchrun(address)
     store = torch_dist.TCPStore(*address, is_master=serves, timeout=patience, wait_for_workers=False)
     torch_dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -76,6 +83,23 @@ def start(device: torch.device, timeout_s: float = TIMEOUT_S) -> None:
         world_size=world_size(),
         timeout=patience,
     )
+
+
+def _find_torchrun(address: tuple[str, int]) -> None:
+    """Raises DistNetworkError where nobody listens at torchrun's store. It does before it starts workers, so it has
+    died; torch would knock for `timeout_s`, and the worker would hold the run's lock meanwhile."""
+    deadline = time.monotonic() + REFUSED_S
+    while True:
+        try:
+            socket.create_connection(address, timeout=REFUSED_S).close()
+            return
+        except ConnectionRefusedError:
+            if launcher_is_gone() or time.monotonic() > deadline:
+                problem = f"torchrun, which listened at {address[0]}:{address[1]}, is gone"
+                raise torch_dist.DistNetworkError(problem) from None
+            time.sleep(0.1)
+        except OSError:  # a network that is slow or not there: torch has more patience, and says more
+            return
 
 
 def side_group(timeout_s: float = TIMEOUT_S) -> SideGroup:
