@@ -52,6 +52,14 @@ def read_records(paths: Sequence[str | Path], *, kind: Kind) -> list[Record]:
     return check_each(_scan_all(paths), check)
 
 
+def line_of(row: Mapping[str, Any]) -> bytes:
+    """The row as one line with its end."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, from a text cut inside a character: only escapes can hold it
+        return (json.dumps(row) + "\n").encode()
+
+
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """All rows, or no file: written beside it, then renamed (a device or a pipe is written to). Makes the folder.
 
@@ -62,9 +70,9 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     written = 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8", newline="\n") as file:
+        with part.open("wb") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(line_of(row))
                 written += 1
         if part != target:
             os.replace(part, target)

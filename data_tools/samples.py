@@ -40,7 +40,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from data_tools.errors import DataError, UserError, check_each
-from data_tools.jsonl import DECODER, iter_jsonl
+from data_tools.jsonl import DECODER, iter_jsonl, line_of
 from data_tools.schema import Message, Text, check_prompt
 
 SYNC_S = 1.0
@@ -279,10 +279,7 @@ def row_of(sample: Sample) -> bytes:
     """The sample as one line of JSON with its end; optional fields that are None are left out."""
     row = {field.name: getattr(sample, field.name) for field in fields(sample)}
     row = {name: value for name, value in row.items() if value is not None or name not in OPTIONAL_FIELDS}
-    try:
-        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, from a text cut inside a character: only escapes can hold it
-        return (json.dumps(row) + "\n").encode()
+    return line_of(row)
 
 
 def _parse(path: str | Path, content: bytes) -> tuple[list[Sample], int]:

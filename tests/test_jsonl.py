@@ -157,6 +157,9 @@ def test_rows_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no more"):
         write_rows(path, broken())
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
+    half = {"id": "d", "text": "cut inside \ud83d"}  # no UTF-8 has it
+    write_rows(path, [half, {"id": "e", "text": "سلام"}])
+    assert [value for _, value in iter_jsonl(path)] == [half, {"id": "e", "text": "سلام"}]
     with pytest.raises(UserError, match="cannot be written"):
         write_rows(path / "below_a_file.jsonl", [])
 
