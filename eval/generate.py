@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.encode import Group
 from data_tools.errors import UserError
 from data_tools.tokenizer import Tokenizer
 from eval.generate_workers import in_processes
+from eval.prefill import Prefilled, how_many_fit, prefill
 from eval.sampling import SamplingOptions, next_tokens, penalised, uniform_numbers
-from trainer.batch import Stream, build_stream
+from trainer.batch import Stream
 from trainer.models.decoder import Decoder
-from trainer.models.kv_cache import PromptCache, SlotCache
+from trainer.models.kv_cache import SlotCache
 
 LEAST_SLOTS = 8
 """A worker with fewer would read the weights for too few rows at a time."""
@@ -70,14 +70,11 @@ class _Running:
 
 @dataclass
 class _Waiting:
-    """A prompt that was run, with samples of it still to begin: its keys and values, and the logits behind it."""
+    """A prompt that was run, with samples of it still to begin."""
 
     request: Request
-    keys_and_values: list[tuple[Tensor, Tensor]]
-    logits: Tensor
+    prompt: Prefilled
     samples: deque[int]
-    beyond: bool
-    """Longer than what the model was first trained on, where that matters (trainer.models.rope)."""
 
 
 def generate(
@@ -96,9 +93,10 @@ def generate(
     """Completions as they finish, in no fixed order.
 
     stop_ids: tokens that end a completion (see `end_tokens`), beside `options.stop_ids`. slots: sequences at a time.
-    prefill_tokens: about how many tokens of prompts are run at once. samples: which samples of each request are wanted
-    (default: 0 to options.n - 1). stopped: asked between tokens, true ends it all. workers: processes that share the
-    slots (default: what `default_workers` says). Raises UserError for a prompt that nothing can be drawn after.
+    prefill_tokens: how many tokens of prompts are run at once; a longer prompt is run alone. samples: which samples of
+    each request are wanted (default: 0 to options.n - 1). stopped: asked between tokens, true ends it all. workers:
+    processes that share the slots (default: what `default_workers` says). Raises UserError for a prompt that nothing
+    can be drawn after.
     """
     wanted = [list(range(options.n)) for _ in requests] if samples is None else [list(own) for own in samples]
     _check(model, requests, options)
@@ -199,12 +197,12 @@ class _Engine:
         free = [slot for slot, own in enumerate(self.running) if own is None]
         while free and (todo or self.waiting):
             if not self.waiting:
-                self._run_prompts(todo, len(free))
+                self._run_prompts(todo)
             begun: list[tuple[int, _Waiting]] = []
             while free and self.waiting:
                 first = self.waiting[0]
                 slot = free.pop(0)
-                self.cache.put(slot, first.keys_and_values, beyond=first.beyond)
+                self.cache.put(slot, first.prompt.keys_and_values, beyond=first.prompt.beyond)
                 sample = first.samples.popleft()
                 numbers = uniform_numbers(self.options.seed, first.request.id, sample)
                 self.running[slot] = _Running(first.request, sample, numbers)
@@ -214,31 +212,18 @@ class _Engine:
                 begun.append((slot, first))
                 if not first.samples:
                     self.waiting.popleft()
-            logits = torch.stack([waiting.logits for _, waiting in begun])
+            logits = torch.stack([waiting.prompt.logits for _, waiting in begun])
             yield from self._take([slot for slot, _ in begun], logits)
             free = [slot for slot, own in enumerate(self.running) if own is None]
 
-    def _run_prompts(self, todo: deque, places: int) -> None:
-        """The next prompts, for at most so many samples and about `prefill_tokens` tokens, at least one."""
-        chosen: list[tuple[Request, deque[int]]] = []
-        tokens = samples = 0
-        while todo and samples < places and (not chosen or tokens + len(todo[0][0].prompt_ids) <= self.prefill_tokens):
-            request, own = todo.popleft()
-            chosen.append((request, own))
-            tokens += len(request.prompt_ids)
-            samples += len(own)
-        groups = [
-            Group(request.id, np.array(request.prompt_ids, dtype=np.int32), (len(request.prompt_ids),), ((),))
-            for request, _ in chosen
-        ]
-        stream, cache = build_stream(groups), PromptCache()
-        lasts = torch.tensor([group.stop - 1 for group in stream.layout])
-        stream = Stream(**{**vars(stream), "score_index": lasts}).to(self.device)
-        logits = self.model(stream, output="next", cache=cache).float().cpu()
-        ropes = {layer.rope for layer in self.model.config.layers if layer.rope is not None}
-        for (request, own), place, row in zip(chosen, stream.layout, logits, strict=True):
-            beyond = any(rope.is_beyond(place.lengths) for rope in ropes)
-            self.waiting.append(_Waiting(request, cache.cut(place.start, place.stop), row, own, beyond))
+    def _run_prompts(self, todo: deque) -> None:
+        """The next prompts, as many as make a stream of `prefill_tokens` tokens, at least one: more than there are
+        free slots, so that those that begin alike are run together."""
+        count = how_many_fit((request.prompt_ids for request, _ in todo), self.prefill_tokens)
+        chosen = [todo.popleft() for _ in range(count)]
+        prompts = prefill(self.model, [request.prompt_ids for request, _ in chosen])
+        for (request, own), prompt in zip(chosen, prompts, strict=True):
+            self.waiting.append(_Waiting(request, prompt, own))
 
     def _step(self) -> Iterator[Completion]:
         """One token more for every slot in use."""

@@ -21,6 +21,7 @@ IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
 VARIABLE = "LOGRATIO_KERNELS"
 
 logger = logging.getLogger("kernels")
+_said: set[str] = set()
 
 
 def resolve(impl: str = "auto", device: torch.device | None = None, dtype: torch.dtype | None = None) -> str:
@@ -53,8 +54,9 @@ def resolve(impl: str = "auto", device: torch.device | None = None, dtype: torch
             raise ValueError(
                 f"kernels 'triton' ({source}): Triton's interpreter computes bfloat16 wrongly; use float32, or 'cpu'"
             )
-    if not torch.compiler.is_compiling():  # a graph cannot hold a message
-        _say_once(impl, source)
+    if impl not in _said and not torch.compiler.is_compiling():  # a graph cannot hold a message
+        _said.add(impl)
+        logger.info("kernels: %s (%s)", impl, source)
     return impl
 
 
@@ -66,11 +68,6 @@ def triton_module(operator: str) -> ModuleType:
 @functools.cache
 def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _say_once(impl: str, source: str) -> None:
-    logger.info("kernels: %s (%s)", impl, source)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kernels import dispatch, reference
 from kernels.reference import compute_dtype
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm_cpu(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """total and normed (..., D) in x's dtype, scale (..., 1) = 1 / sqrt(mean(total^2) + eps) in the dtype of sums."""
     x = x if residual is None else x + residual
     wide = x.to(compute_dtype(x.dtype))
@@ -73,7 +73,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
 
 def _forward_of(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return dispatch.triton_module("rms_norm").forward if impl == "triton" else _forward
+    return dispatch.triton_module("rms_norm").forward if impl == "triton" else add_rms_norm_cpu
 
 
 def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: str) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: s
 
 
 def _check(operator: str, x: Tensor, weight: Tensor) -> None:
-    if weight.ndim != 1 or x.ndim == 0 or x.shape[-1] != len(weight):
+    if weight.ndim != 1 or x.ndim == 0 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"{operator} needs x (..., D) and weight (D,); got {tuple(x.shape)} and {tuple(weight.shape)}")
     if weight.dtype not in (x.dtype, compute_dtype(x.dtype)):
         problem = f"x is {x.dtype} and weight {weight.dtype}; must be the same, or the weight {compute_dtype(x.dtype)}"

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from kernels import dispatch, reference
 
 
-def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def gated_cpu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) * up."""
     active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
     return active.mul_(up)
@@ -36,7 +36,7 @@ def _backward(
 
 
 def _run(gate: Tensor, up: Tensor, weight: Tensor | None, activation: str, impl: str) -> Tensor:
-    forward = dispatch.triton_module("swiglu_linear").forward if impl == "triton" else _forward
+    forward = dispatch.triton_module("swiglu_linear").forward if impl == "triton" else gated_cpu
     product = forward(gate, up, activation)
     return product if weight is None else product @ weight.T
 

@@ -13,6 +13,7 @@ from data_tools.encode import Group
 from data_tools.errors import UserError
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from eval.generate import Completion, Request, end_tokens, generate
+from eval.prefill import alike, how_many_fit, stream_tokens
 from eval.sampling import SamplingOptions
 from trainer.batch import build_stream
 from trainer.models.decoder import Decoder
@@ -38,6 +39,15 @@ def requests_of(lengths: tuple[int, ...], vocabulary: int, seed: int = 0) -> lis
     return [
         Request(f"p{index}", tuple(numbers.integers(3, vocabulary, length).tolist()))
         for index, length in enumerate(lengths)
+    ]
+
+
+def alike_requests(vocabulary: int, shared: int = 20) -> list[Request]:
+    """Prompts that begin with the same tokens; one is nothing else, one is one token longer."""
+    begin = requests_of((shared,), vocabulary, seed=1)[0].prompt_ids
+    ends = requests_of((9, 1, 4), vocabulary, seed=2)
+    return [Request(f"alike{index}", begin + own.prompt_ids) for index, own in enumerate(ends)] + [
+        Request("beginning", begin)
     ]
 
 
@@ -68,7 +78,8 @@ def test_greedy_equals_transformers(name: str, tmp_path: Path, tokenizer: Tokeni
     """Token for token in float32; where they part, the two best logits are within 1e-4 of each other."""
     theirs = VARIANTS[name].model()
     theirs.save_pretrained(tmp_path)
-    ours, requests = load_decoder(tmp_path).requires_grad_(False), requests_of(LENGTHS, VOCABULARY)
+    ours = load_decoder(tmp_path).requires_grad_(False)
+    requests = requests_of(LENGTHS, VOCABULARY) + alike_requests(VOCABULARY)
     found = by_key(list(generate(ours, tokenizer, requests, GREEDY, slots=3)))
     near = 0
     for request in requests:
@@ -138,15 +149,65 @@ def test_a_sample_depends_on_seed_prompt_and_number_only(model: Decoder, tokeniz
     assert all(together[key].token_ids != other_ids[f"other {key[0]}", key[1]].token_ids for key in together)
 
 
+def test_slots_are_refilled_beside_longer_ones(model: Decoder, tokenizer: Tokenizer) -> None:
+    """Ends at many tokens, so that short prompts begin while a slot still holds a long one."""
+    requests = requests_of((90, 1, 2, 40, 1, 1, 3, 1, 2, 1, 5, 1), model.config.vocab_size)
+    options = SamplingOptions(max_tokens=60, temperature=1.0, n=3)
+    ends = range(0, model.config.vocab_size, 25)
+    together = by_key(list(generate(model, tokenizer, requests, options, stop_ids=ends, slots=3)))
+    assert len({len(each.token_ids) for each in together.values()}) > 10
+    for request in requests:
+        alone = by_key(list(generate(model, tokenizer, [request], options, stop_ids=ends, slots=1)))
+        assert all(together[key].token_ids == value.token_ids for key, value in alone.items())
+
+
 def test_a_prompt_is_computed_once_for_all_its_samples(model: Decoder, tokenizer: Tokenizer) -> None:
-    lengths: list[int] = []
-    hook = model.register_forward_pre_hook(lambda module, given: lengths.append(len(given[0].tokens)))
-    try:
-        done = list(generate(model, tokenizer, requests_of((23, 19), 60), SamplingOptions(max_tokens=3, n=5), slots=4))
-    finally:
-        hook.remove()
-    assert len(done) == 10
-    assert sorted(length for length in lengths if length > 4) == [19, 23]  # the others are steps of at most 4 tokens
+    """And what prompts begin with in common once for them all."""
+    options = SamplingOptions(max_tokens=3, n=5)
+    for requests, prefill_tokens, expected in (
+        (requests_of((23, 19), 60), 2048, [42]),
+        (requests_of((23, 19), 60), 41, [19, 23]),
+        (alike_requests(60), 2048, [19 + 10 + 2 + 5 + 1]),
+        (alike_requests(60), 20 + 9 + 1, [30, 19 + 5 + 1]),
+    ):
+        lengths: list[int] = []
+        hook = model.register_forward_pre_hook(lambda _, given, own=lengths: own.append(len(given[0].tokens)))
+        try:
+            done = list(generate(model, tokenizer, requests, options, slots=4, prefill_tokens=prefill_tokens))
+        finally:
+            hook.remove()
+        assert len(done) == 5 * len(requests)
+        assert sorted(length for length in lengths if length > 4) == sorted(expected)  # others are steps of 4 tokens
+
+
+def test_prompts_join_while_that_saves_tokens() -> None:
+    system, examples = tuple(range(100, 120)), tuple(range(200, 300))
+    few_shot = [system + examples + (index,) for index in range(3)]
+    plain = [(*system, 7, 8, index) for index in range(4)]
+    both = alike(few_shot + plain[:1])
+    assert both == [(120, few_shot), (0, plain[:1])]  # 3 * 20 saved are less than 2 * 120
+    assert alike(plain) == [(22, plain)]
+    assert alike([system, system]) == [(19, [system, system])]  # each has a token of its own
+    assert alike([system[:15], system[:15]]) == [(0, [system[:15]]), (0, [system[:15]])]
+    assert stream_tokens(both) == 120 + 3 + 23
+    for most, expected in ((1, 1), (121, 1), (122, 2), (123, 3), (145, 3), (146, 4), (149, 4)):
+        assert how_many_fit(few_shot + plain[:1], most) == expected
+    assert alike([]) == [] and how_many_fit([], 9) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_block_as_one_function_gives_the_same_bits(
+    tiny_model_dir: Path, tokenizer: Tokenizer, dtype: torch.dtype
+) -> None:
+    model = load_decoder(tiny_model_dir, dtype=dtype).requires_grad_(False)
+    pack_for_sampling(model)
+    requests = requests_of(LENGTHS, model.config.vocab_size)
+    assert all(block.one_token is not None for block in model.layers)
+    as_one = by_key(list(generate(model, tokenizer, requests, GREEDY, slots=3)))
+    for block in model.layers:
+        block.one_token = None
+    by_modules = by_key(list(generate(model, tokenizer, requests, GREEDY, slots=3)))
+    assert as_one == by_modules
 
 
 def test_stops_at_tokens_and_texts(model: Decoder, tokenizer: Tokenizer) -> None:

@@ -19,7 +19,7 @@ from kernels.swiglu_linear import swiglu
 def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    dispatch._say_once.cache_clear()
+    dispatch._said.clear()
 
 
 def test_auto_is_the_cpu_path_and_the_variable_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

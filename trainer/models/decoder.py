@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import dispatch
 from kernels.linear_logps import linear_logps
 from kernels.reference import compute_dtype
 from kernels.rms_norm import add_rms_norm
@@ -20,6 +21,7 @@ from trainer.batch import Stream
 from trainer.models.config import ModelConfig
 from trainer.models.families import Layer
 from trainer.models.kv_cache import PromptCache, SlotCache
+from trainer.models.one_token import OneToken
 from trainer.models.shared_by_layers import Shared, SharedByLayers, SharedByLayersOfSlots, padded
 from trainer.models.tied_embedding import embed_tied
 
@@ -154,9 +156,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.recompute: Callable | None = None
         """Runs a function so that the backward pass computes it again (trainer.parallelize); None: keep activations."""
+        self.one_token: OneToken | None = None
+        """The same block for one token a slot, with kernels "cpu" (trainer.models.packed)."""
 
     def forward(self, x_TD: Tensor, added_TD: Tensor | None, shared: Shared) -> tuple[Tensor, Tensor]:
         """The residual stream is x + added, in and out: the sum is left to the norm that reads it next."""
+        if self.one_token is not None and isinstance(shared, SharedByLayersOfSlots) and shared.impl == "cpu":
+            return self.one_token(x_TD, added_TD, shared)
         if self.recompute is None or not torch.is_grad_enabled():
             return self._run(x_TD, added_TD, shared)
         # one tensor is kept for each block, not two
@@ -231,7 +237,8 @@ class Decoder(nn.Module):
         cache: a PromptCache is filled; with a SlotCache the stream is one token a slot (trainer.models.kv_cache).
         """
         num_tokens, num_scored = len(stream.tokens), len(stream.score_targets)
-        dtype, impl = self.embed_tokens.weight.dtype, self.kernel_impl
+        dtype = self.embed_tokens.weight.dtype
+        impl = dispatch.resolve(self.kernel_impl, stream.tokens.device)  # once: it asks the environment
         one_token = isinstance(cache, SlotCache)
         shared: Shared
         if one_token:

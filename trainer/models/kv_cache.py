@@ -9,7 +9,7 @@ h head width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from trainer.models.config import ModelConfig
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 STEP = 32
-"""Lengths that products see are rounded up to a multiple, so that they come in few shapes (see SHAPE_STEP)."""
-GROWTH = 1.5
-"""Room is made for so many times what is needed."""
+"""Room is a multiple of it, so that products come in few shapes (see SHAPE_STEP)."""
+SPARE = 8
+"""Room is made for one in so many tokens more than needed: all of it is multiplied, and growing copies it."""
 SMALL = 1 << 24
 """Multiplications of one layer's attention below which one thread is faster than two: 171 against 386 us for 16 slots
 of 128 tokens, 9 heads of 64, bfloat16 on two cores of a Zen 4 processor, with threads that sleep while they wait."""
@@ -40,21 +40,18 @@ class PromptCache:
 
         return remember
 
-    def cut(self, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
-        """Of the stream's tokens [start, stop): (K, P, h) keys and values of each layer, copies."""
+    def rows(self, places: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of the stream's tokens at places (P,): (K, P, h) keys and values of each layer, copies."""
+        places = places.to(self.layers[0][0].device)
         return [
-            tuple(x[start:stop].transpose(0, 1).contiguous() for x in pair)  # type: ignore[misc]
+            tuple(x.index_select(0, places).transpose(0, 1).contiguous() for x in pair)  # type: ignore[misc]
             for pair in self.layers
         ]
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """So many of the CPU's threads meanwhile."""
-    before = torch.get_num_threads()
-    if number == before:
-        yield
-        return
+def _threads(number: int, before: int) -> Iterator[None]:
+    """So many of the CPU's threads meanwhile, where there are `before` now."""
     torch.set_num_threads(number)
     try:
         yield
@@ -62,11 +59,14 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+_AS_IT_IS = nullcontext()
+
+
 class SlotCache:
     """S sequences side by side. lengths (S,) int64: tokens each slot holds; 0: it is free.
 
-    keys (S, K, h, room) and values (S, K, room, h) of each layer, two views of one buffer, so that a token is added to
-    both at once; the products over either run along memory, which is twice as fast for keys in bfloat16 on a CPU.
+    A layer's buffer (2, S, K, room, h) has keys first, then values, so that a token is added to both at once. Products
+    go over all the room, hidden places masked: of a part of it, the CPU library would make a copy first.
     """
 
     def __init__(self, config: ModelConfig, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -76,7 +76,9 @@ class SlotCache:
         self.beyond = torch.zeros(slots, dtype=torch.bool)
         """Slots whose sequences take the frequencies of longer sequences (trainer.models.rope)."""
         self.capacity = 0
-        self.layers = [_Layer(config, slots, 0, dtype, device) for _ in range(config.num_layers)]
+        self.layers = [self._buffer(0) for _ in range(config.num_layers)]
+        self.views: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Of each layer, as products take them: rows of h, keys (S K, h, room), values (S K, room, h)."""
         self._next_layer = 0
 
     @property
@@ -86,10 +88,9 @@ class SlotCache:
     def put(self, slot: int, prompt: Sequence[tuple[Tensor, Tensor]], *, beyond: bool = False) -> None:
         """Begin slot `slot` with a prompt's keys and values."""
         length = prompt[0][0].shape[1]
-        self._make_room(length + 1)
+        self._make_room(max(length, int(self.lengths.max())) + 1)
         for layer, (own_keys, own_values) in zip(self.layers, prompt, strict=True):
-            layer.keys[slot, :, :, :length] = own_keys.transpose(1, 2)
-            layer.values[slot, :, :length] = own_values
+            layer[0, slot, :, :length], layer[1, slot, :, :length] = own_keys, own_values
         self.lengths[slot], self.beyond[slot] = length, beyond
 
     def free(self, slot: int) -> None:
@@ -114,66 +115,54 @@ class SlotCache:
         """Attention of one token a slot over what the slot holds and itself; its key and value are kept. The function
         takes queries, keys and values as one (S, H + 2 K, h) and gives (S, H, h)."""
         lengths = self.lengths.to(self.device)
-        used = min(-(-(int(self.lengths.max()) + 1) // STEP) * STEP, self.capacity)
-        places = torch.arange(used, device=self.device)
+        places = torch.arange(self.capacity, device=self.device)
         hidden = places > lengths[:, None]
         if window is not None:
             hidden |= places <= lengths[:, None] - window
-        mask = torch.zeros(self.slots, 1, 1, used, dtype=self.dtype, device=self.device)
-        mask = mask.masked_fill_(hidden[:, None, None], float("-inf"))
         heads, kv_heads, width = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        index = _token_places(lengths, kv_heads, width, self.capacity)
-        multiplications = 2 * self.slots * heads * width * used
-        threads = 1 if multiplications < SMALL else torch.get_num_threads()
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+        mask = mask.repeat_interleave(kv_heads, dim=0)[:, None]
+        rows, batch = self._token_rows(lengths), self.slots * kv_heads
+        threads, few = torch.get_num_threads(), 2 * self.slots * heads * width * self.capacity < SMALL
 
         def one_token(x_SCh: Tensor) -> Tensor:
-            layer = self.layers[self._next_layer]
+            by_row, keys, values = self.views[self._next_layer]
             self._next_layer += 1
-            layer.buffer.index_copy_(0, index, x_SCh[:, heads:].reshape(-1))
-            q_BRh = x_SCh[:, :heads].reshape(self.slots * kv_heads, -1, width)
-            with _threads(threads):
-                scores = torch.bmm(q_BRh, layer.keys.flatten(0, 1)[:, :, :used])
+            by_row.index_copy_(0, rows, x_SCh[:, heads:].reshape(-1, width))
+            q_BRh = x_SCh[:, :heads].reshape(batch, -1, width)
+            with _threads(1, threads) if few and threads > 1 else _AS_IT_IS:
+                scores = torch.bmm(q_BRh, keys)
                 if self.softcap is not None:
                     scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-                scores.view(self.slots, -1, *scores.shape[1:]).add_(mask)
-                out = torch.bmm(torch.softmax(scores, dim=-1, out=scores), layer.values.flatten(0, 1)[:, :used])
+                out = torch.bmm(torch.softmax(scores.add_(mask), dim=-1, out=scores), values)
             return out.view(self.slots, heads, width)
 
         return one_token
 
+    def _token_rows(self, lengths: Tensor) -> Tensor:
+        """(S 2K,) which rows of h in a layer's buffer the next token's keys and values become, in the order (S, 2K)."""
+        kv_heads = self.config.num_kv_heads
+        slot, kind, head = (torch.arange(size, device=lengths.device) for size in (self.slots, 2, kv_heads))
+        heads_before = (kind[:, None] * self.slots + slot[:, None, None]) * kv_heads + head
+        return (heads_before * self.capacity + lengths[:, None, None]).flatten()
+
     def _make_room(self, length: int) -> None:
-        """At least `length` tokens a slot; what is there is copied."""
-        if length > self.capacity:
-            self._rebuild(-(-int(length * GROWTH) // STEP) * STEP, None)
+        """At least `length` tokens a slot, all that any holds, and not far more; what is there is copied."""
+        if length > self.capacity or self.capacity > 2 * length + STEP:
+            self._rebuild(-(-(length + length // SPARE) // STEP) * STEP, None)
 
     def _rebuild(self, capacity: int, slots: Tensor | None) -> None:
         """New buffers of this room, with what the old ones hold of these slots (None: of all)."""
         common = min(self.capacity, capacity)
         for place, old in enumerate(self.layers):
-            layer = _Layer(self.config, self.slots, capacity, self.dtype, self.device)
-            keys, values = (x if slots is None else x.index_select(0, slots) for x in (old.keys, old.values))
-            layer.keys[..., :common], layer.values[:, :, :common] = keys[..., :common], values[:, :, :common]
-            self.layers[place] = layer
-        self.capacity = capacity
+            self.layers[place] = self._buffer(capacity)
+            kept = old if slots is None else old.index_select(1, slots)
+            self.layers[place][..., :common, :] = kept[..., :common, :]
+        self.capacity, width = capacity, self.config.head_dim
+        by_kind = [layer.view(2, -1, capacity, width) for layer in self.layers]
+        self.views = [(both.view(-1, width), both[0].transpose(1, 2), both[1]) for both in by_kind]
 
-
-class _Layer:
-    """One layer's keys (S, K, h, room) and values (S, K, room, h), and the buffer that both lie in, keys first."""
-
-    def __init__(self, config: ModelConfig, slots: int, room: int, dtype: torch.dtype, device: torch.device) -> None:
-        heads, width = config.num_kv_heads, config.head_dim
+    def _buffer(self, capacity: int) -> Tensor:
         # zeros: a hidden place is still multiplied, by 0, and 0 times what malloc gives may be nan
-        self.buffer = torch.zeros(2 * slots * heads * width * room, dtype=dtype, device=device)
-        keys, values = self.buffer.chunk(2) if room else (self.buffer, self.buffer)
-        self.keys = keys.view(slots, heads, width, room)
-        self.values = values.view(slots, heads, room, width)
-
-
-def _token_places(lengths: Tensor, heads: int, width: int, room: int) -> Tensor:
-    """(S 2K h,) where in a layer's buffer the next token's keys and values go, in the order of (S, 2K, h)."""
-    slots = len(lengths)
-    slot, head, place = (torch.arange(size, device=lengths.device) for size in (slots, heads, width))
-    row = (slot[:, None, None] * heads + head[:, None]) * width * room
-    keys = row + place * room + lengths[:, None, None]
-    values = slots * heads * width * room + row + lengths[:, None, None] * width + place
-    return torch.cat((keys, values), dim=1).flatten()
+        shape = 2, self.slots, self.config.num_kv_heads, capacity, self.config.head_dim
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)

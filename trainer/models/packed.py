@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer import numerics
 from trainer.models.decoder import Decoder
+from trainer.models.one_token import one_token
 
 ROWS = 16
 """What the library is told to expect; any number of rows is computed."""
@@ -28,6 +29,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.packed, self.bias, "none", [], "")
+
+    __call__ = forward  # without a module's hooks: it is called more than a hundred times a token
 
 
 def can_pack(model: Decoder) -> bool:
@@ -56,8 +59,13 @@ def pack_for_sampling(model: Decoder) -> None:
             mlp.gate_up_proj, mlp.fused = _joined(parts), True
             del mlp.gate_proj
             delattr(mlp, mlp.up)
-    if not can_pack(model):
-        return
+    if can_pack(model):
+        _pack(model)
+    for block in model.layers:
+        block.one_token = one_token(block, model.config)
+
+
+def _pack(model: Decoder) -> None:
     for block in model.layers:
         for parent in (block.self_attn, block.mlp):
             for name, child in list(parent.named_children()):

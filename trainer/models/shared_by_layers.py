@@ -77,7 +77,7 @@ class SharedByLayersOfSlots:
     are turned as one (values by nothing), by tables (S, H + 2 K, h) that are made once for all layers."""
 
     def __init__(self, stream: Stream, config: ModelConfig, impl: str, cache: SlotCache) -> None:
-        self.impl = impl
+        self.impl, self.counts = impl, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.tables: dict[Rope | None, tuple[Tensor, Tensor]] = {}
         self.attend: dict[int | None, Callable[[Tensor], Tensor]] = {}
         for layer in config.layers:
@@ -94,10 +94,12 @@ class SharedByLayersOfSlots:
         cos, sin = (
             still if rope is None else rope.tables(positions, config.head_dim, beyond=cache.beyond.to(one.device))
         )
-        scale, counts = config.attention_scale, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        scale = config.attention_scale
         by_kind = (cos * scale, sin * scale), (cos, sin), still
         cos, sin = (
-            torch.cat([half[:, None].expand(-1, count, -1) for half, count in zip(own, counts, strict=True)], dim=1)
+            torch.cat(
+                [half[:, None].expand(-1, count, -1) for half, count in zip(own, self.counts, strict=True)], dim=1
+            )
             for own in zip(*by_kind, strict=True)
         )
         return whole_head(cos, sin)
@@ -106,8 +108,17 @@ class SharedByLayersOfSlots:
         """(S, H, h), of queries and keys that are not turned yet."""
         if layer.rope is not None:
             q_SHh, k_SKh = layer.rope.halves(q_SHh), layer.rope.halves(k_SKh)
-        turned = rotate_whole(torch.cat((q_SHh, k_SKh, v_SKh), dim=1), *self.tables[layer.rope])
-        return self.attend[layer.window](turned)
+        return self._attend(layer, torch.cat((q_SHh, k_SKh, v_SKh), dim=1))
+
+    def attention_of_one(self, layer: Layer, x_SCh: Tensor) -> Tensor:
+        """The same of queries, keys and values (S, H + 2 K, h) that are one tensor already."""
+        rope = layer.rope
+        if rope is None or (rope.dims == x_SCh.shape[-1] and not rope.interleaved):  # `halves` leaves it as it is
+            return self._attend(layer, x_SCh)
+        return self.attention(layer, *x_SCh.split(self.counts, dim=1))
+
+    def _attend(self, layer: Layer, x_SCh: Tensor) -> Tensor:
+        return self.attend[layer.window](rotate_whole(x_SCh, *self.tables[layer.rope]))
 
 
 Shared = SharedByLayers | SharedByLayersOfSlots

@@ -1,0 +1,113 @@
+"""Run prompts through a model, all tokens at once: their keys and values, and the logits behind each.
+
+Prompts that begin alike (a system message, worked examples) are one group of the stream, as a preference pair is: what
+they share is computed once.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_tools.encode import Group
+from trainer.batch import Stream, build_stream
+from trainer.models.decoder import Decoder
+from trainer.models.kv_cache import PromptCache
+
+LEAST_SHARED = 16
+"""Fewer tokens in common are not worth a group."""
+
+Tokens = tuple[int, ...]
+Run = tuple[int, list[Tokens]]
+"""How many tokens its prompts begin with in common (0: it is one prompt), and the prompts."""
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt of P tokens that was run."""
+
+    keys_and_values: list[tuple[Tensor, Tensor]]
+    """(K, P, h) each, of each layer."""
+    logits: Tensor
+    """(V,) float32 on the CPU, of the token behind it."""
+    beyond: bool
+    """Longer than what the model was first trained on, where that matters (trainer.models.rope)."""
+
+
+def prefill(model: Decoder, prompts: Sequence[Tokens]) -> list[Prefilled]:
+    """Each prompt, run beside the others in one stream; each has one token or more."""
+    ropes = {layer.rope for layer in model.config.layers if layer.rope is not None}
+    by_length = any(rope.by_length for rope in ropes)  # then a prefix is not the same in a longer sequence
+    runs = [(0, [prompt]) for prompt in prompts] if by_length else alike(prompts)
+    stream, cache = build_stream([_group(shared, own) for shared, own in runs]), PromptCache()
+    places = []
+    for group in stream.layout:
+        prefix = torch.arange(group.start, group.start + group.lengths[0])
+        if len(group.lengths) == 1:
+            places.append(prefix)
+        start = group.start + group.lengths[0]
+        for length in group.lengths[1:]:
+            places.append(torch.cat((prefix, torch.arange(start, start + length))))
+            start += length
+    lasts = torch.stack([own[-1] for own in places])
+    stream = Stream(**{**vars(stream), "score_index": lasts}).to(model.head_weight.device)
+    logits = model(stream, output="next", cache=cache).float().cpu()
+    return [
+        Prefilled(cache.rows(own), row, any(rope.is_beyond((len(own),)) for rope in ropes))
+        for own, row in zip(places, logits, strict=True)
+    ]
+
+
+def alike(prompts: Iterable[Tokens]) -> list[Run]:
+    """Neighbours that begin with the same tokens. One more joins where that does not lessen how many tokens are saved;
+    each keeps a token of its own."""
+    runs: list[Run] = []
+    for prompt in prompts:
+        _add(runs, prompt)
+    return runs
+
+
+def how_many_fit(prompts: Iterable[Tokens], most_tokens: int) -> int:
+    """How many of them, from the first on, make a stream of at most so many tokens; at least one."""
+    runs: list[Run] = []
+    before = count = 0
+    for prompt in prompts:
+        last = stream_tokens(runs[-1:])
+        known = len(runs)
+        _add(runs, prompt)
+        before += last if len(runs) > known else 0
+        if count and before + stream_tokens(runs[-1:]) > most_tokens:
+            break
+        count += 1
+    return count
+
+
+def stream_tokens(runs: Sequence[Run]) -> int:
+    """Tokens that a stream of these prompts has."""
+    return sum(shared + sum(len(own) - shared for own in run) for shared, run in runs)
+
+
+def _add(runs: list[Run], prompt: Tokens) -> None:
+    if runs:
+        shared, run = runs[-1]
+        most = min(shared or len(run[0]) - 1, len(prompt) - 1)
+        common = shared_tokens(run[0][:most], prompt[:most])
+        if common >= LEAST_SHARED and common * len(run) >= shared * (len(run) - 1):
+            runs[-1] = common, [*run, prompt]
+            return
+    runs.append((0, [prompt]))
+
+
+def shared_tokens(first: Tokens, second: Tokens) -> int:
+    """How many tokens two sequences begin with that are the same."""
+    shorter = min(len(first), len(second))
+    differ = np.nonzero(np.array(first[:shorter]) != np.array(second[:shorter]))[0]
+    return int(differ[0]) if len(differ) else shorter
+
+
+def _group(shared: int, prompts: Sequence[Tokens]) -> Group:
+    own = prompts if not shared else [prompts[0][:shared], *(prompt[shared:] for prompt in prompts)]
+    ids, lengths = np.array([token for part in own for token in part], dtype=np.int32), tuple(map(len, own))
+    return Group("", ids, lengths, ((),) * len(lengths))
