@@ -317,6 +317,7 @@ def test_every_key_survives_toml_with_a_value_that_is_not_its_default() -> None:
                  "overlong": "truncate_completion", "chat_template": "t.jinja",
                  "special_tokens": "control", "cache_dir": "c", "lint": False},
         "train": {"objective": "dpo", "global_batch": 3, "tokens_per_microbatch": 5, "max_steps": 9, "epochs": 2,
+                  "stop_when_solved": 5,
                   "learning_rate": 1.2345678901234567e-7, "schedule": "cosine", "warmup_ratio": 0.1,
                   "weight_decay": 0.01, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-20,
                   "max_grad_norm": 0.0, "dtype": "float32",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +251,33 @@ def test_epochs_decide_the_steps_where_max_steps_does_not(tiny_model_dir: Path, 
     assert run_here([config, *rest]) == 0
     table = read_metrics(tmp_path / "run")
     assert [row["epoch"] for row in table] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])  # batches of 6, 6, 4
+
+
+def test_a_run_ends_where_the_pairs_are_solved(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exported and finished there, at the same step after a resumption; without the setting it goes on."""
+    folder, stop = tmp_path / "run", "train.stop_when_solved=3"
+    given = "train.max_steps=60", "train.learning_rate=5e-3", "loss.beta=1", "train.schedule=constant"
+    argv = arguments(folder, tiny_model_dir, *given, stop)
+    assert run_here(argv) == 0
+    table, whole = read_metrics(folder), rows(folder)
+    solved = [row["rewards/accuracies"] > 0.99 and row["loss"] < 0.02 for row in table]
+    assert 3 < len(table) < 60 and solved[-3:] == [True] * 3
+    assert not any(all(solved[start : start + 3]) for start in range(len(solved) - 3))
+    assert f"step {len(table)} of 60: the last 3 were solved, so the run ends here" in capsys.readouterr().out
+    weights = load_file(folder / "export" / "model.safetensors")
+    assert run_here(argv) == 0
+    assert f"finished: step {len(table)} of 60" in capsys.readouterr().out and rows(folder) == whole
+    for name in ("export", f"checkpoints/step_{len(table)}"):
+        shutil.rmtree(folder / name)
+    assert run_here(argv) == 0
+    assert f"resuming from {folder}/checkpoints/step_{len(table) - 1}" in capsys.readouterr().out
+    assert rows(folder) == whole
+    again = load_file(folder / "export" / "model.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+    assert run_here(arguments(tmp_path / "longer", tiny_model_dir, *given, f"train.max_steps={len(table) + 1}")) == 0
+    assert rows(tmp_path / "longer")[:-1] == whole and len(rows(tmp_path / "longer")) == len(whole) + 1
 
 
 def test_the_command_in_a_process_of_its_own(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ class Manifest:
     """"cpu" or "cuda"."""
     reference_digest: str = ""
     """Of the reference model's weights; empty for objectives without one."""
+    solved_steps: int = 0
+    """So many steps in a row were solved at its end (trainer.health)."""
     format: int = FORMAT
     torch: str = torch.__version__
 

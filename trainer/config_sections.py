@@ -174,6 +174,8 @@ class TrainConfig(Section):
     """Optimizer steps; none: as many as train.epochs needs. Wins over train.epochs where both are set."""
     epochs: int = 1
     """Passes over the training data."""
+    stop_when_solved: int = 0
+    """End after so many steps in a row with reward accuracy > 0.99 and loss < 0.02; 0: never. Preferences only."""
     learning_rate: float = 1e-6
     """Highest learning rate, reached after the warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -203,7 +205,11 @@ class TrainConfig(Section):
 
     def check(self) -> None:
         self.require_at_least(1, "global_batch", "tokens_per_microbatch", "max_steps", "epochs")
-        self.require_at_least(0, "learning_rate", "weight_decay", "max_grad_norm", "seed")
+        self.require_at_least(0, "stop_when_solved", "learning_rate", "weight_decay", "max_grad_norm", "seed")
+        solvable = self.objective not in ("sft", "prm")
+        self.require(
+            solvable or not self.stop_when_solved, "stop_when_solved", "is for preference objectives; leave it out"
+        )
         self.require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "must be from 0 to 1")
         for name in ("adam_beta1", "adam_beta2"):
             self.require(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")

@@ -4,6 +4,13 @@ from dataclasses import dataclass, field
 
 WINDOW = 20
 """Steps that a condition is averaged over before it is named."""
+SOLVED_ACCURACY, SOLVED_LOSS = 0.99, 0.02
+"""Beyond both, pairs teach nothing more."""
+
+
+def is_solved(row: dict[str, float]) -> bool:
+    """Of one step's metrics, or their means: preference pairs that the model tells apart with nearly no loss."""
+    return row.get("rewards/accuracies", 0.0) > SOLVED_ACCURACY and row["loss"] < SOLVED_LOSS
 
 
 @dataclass
@@ -46,11 +53,12 @@ class Health:
                 f"the chosen answers are {fall:.2f} nats a token less likely than with {since}: the margin grows by "
                 f"pushing the rejected ones down further; {remedy}lower train.learning_rate or train less",
             ))  # fmt: skip
-        if accuracy is not None and accuracy > 0.99 and means["loss"] < 0.02:
+        if accuracy is not None and is_solved(means):
             found.append((
                 "saturated",
                 f"reward accuracy {accuracy:.2f} at loss {means['loss']:.4f}: the pairs are solved, or something "
-                "besides content tells chosen from rejected (see the data lint); more steps teach nothing",
+                "besides content tells chosen from rejected (see the data lint); more steps teach nothing "
+                "(train.stop_when_solved ends a run there)",
             ))  # fmt: skip
         if accuracy is not None and "lengths/chosen" in means:
             gap = means["lengths/chosen"] - means["lengths/rejected"]

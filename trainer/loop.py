@@ -20,7 +20,7 @@ from trainer.batch import Stream, idle_stream
 from trainer.config import Config
 from trainer.errors import RunError, TrainingStopped
 from trainer.export import export
-from trainer.health import Health
+from trainer.health import Health, is_solved
 from trainer.loader import Loader, length_sorted_batches, rounds
 from trainer.lora import Dropout
 from trainer.metrics import MetricsWriter, peak_memory_mib
@@ -54,11 +54,22 @@ class Run:
     total_steps: int
     step: int = 0
     """Updates done."""
+    solved_steps: int = 0
+    """The last so many steps were solved (trainer.health)."""
     step_s: float = math.inf
     """Seconds that the last step took, the same number on every rank; before the first, nobody knows."""
     stop: StopRequest = field(default_factory=StopRequest)
     dropout: Dropout | None = None
     """Of the adapters, where they drop anything."""
+
+    @property
+    def finished(self) -> bool:
+        """All steps are done, or `train.stop_when_solved` says that enough are."""
+        return self.step >= self.total_steps or self.solved
+
+    @property
+    def solved(self) -> bool:
+        return 0 < self.config.train.stop_when_solved <= self.solved_steps
 
     @property
     def folder(self) -> Path:
@@ -97,7 +108,7 @@ class Run:
 
 
 def train(run: Run, metrics: MetricsWriter | None) -> None:
-    """Train to `run.total_steps` and save. Rank 0 passes the writer of metrics, the others None.
+    """Train until `run.finished` and save. Rank 0 passes the writer of metrics, the others None.
 
     Ends earlier, with `run.stop.agreed` and a checkpoint of the last whole step, once somebody asked `run.stop`.
     """
@@ -113,11 +124,12 @@ def train(run: Run, metrics: MetricsWriter | None) -> None:
         dynamic_ncols=True,
     )
     with bar, make_saver(run) as saver:
-        while run.step < run.total_steps and not run.stop.agreed:
+        while not run.finished and not run.stop.agreed:
             row = train_step(run)
             if row is None:
                 break
-            last = run.step == run.total_steps
+            run.solved_steps = run.solved_steps + 1 if is_solved(row) else 0
+            last = run.finished
             evaluated = bool(run.eval_groups) and (last or (config.eval.every and run.step % config.eval.every == 0))
             if evaluated:
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
@@ -331,7 +343,7 @@ def make_saver(run: Run) -> Saver:
 def save_checkpoint(run: Run, saver: Saver) -> None:
     """`checkpoints/step_N` of the present state; older ones are removed after it. Raises TrainingStopped."""
     state = checkpoint.state_of(run.masters.named(), run.optimizer)
-    saver.save(replace(run.manifest, step=run.step), state)
+    saver.save(replace(run.manifest, step=run.step, solved_steps=run.solved_steps), state)
 
 
 def write_results(run: Run) -> list[Path]:

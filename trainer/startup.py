@@ -211,7 +211,7 @@ def make_run(
     if old is not None:
         checkpoint.load(resume_from, masters.named(), run.optimizer)
         masters.refresh()
-        run.step = old.step
+        run.step, run.solved_steps = old.step, old.solved_steps
     return run
 
 

@@ -94,7 +94,7 @@ def _train(
     else:
         say(f"resuming from {resume_from} at step {run.step} of {run.total_steps}")
     to_write = dist.broadcast_object(not all((run.folder / name).is_dir() for name in results(config)))  # for rank 0
-    if run.step >= run.total_steps and not to_write:
+    if run.finished and not to_write:
         say(f"finished: step {run.step} of {run.total_steps}, all of it in {run.folder}")
         return
     if (line := sorted_pairs_line(run)) is not None:
@@ -109,6 +109,8 @@ def _train(
     if run.stop.agreed:
         _say_stopped(run, argv)
     else:
+        if run.solved:
+            say(f"step {run.step} of {run.total_steps}: the last {run.solved_steps} were solved, so the run ends here")
         for path in write_results(run):
             say(f"{'adapter' if path.name == ADAPTER else 'model'}: {path}")
 
