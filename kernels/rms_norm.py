@@ -17,7 +17,7 @@ from kernels import dispatch, reference
 from kernels.reference import compute_dtype
 
 
-def add_rms_norm_cpu(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """total and normed (..., D) in x's dtype, scale (..., 1) = 1 / sqrt(mean(total^2) + eps) in the dtype of sums."""
     x = x if residual is None else x + residual
     wide = x.to(compute_dtype(x.dtype))
@@ -73,7 +73,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
 
 def _forward_of(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return dispatch.triton_module("rms_norm").forward if impl == "triton" else add_rms_norm_cpu
+    return dispatch.triton_module("rms_norm").forward if impl == "triton" else _forward
 
 
 def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: str) -> tuple[Tensor, Tensor]:

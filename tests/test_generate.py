@@ -15,9 +15,11 @@ from data_tools.tokenizer import Tokenizer, load_tokenizer
 from eval.generate import Completion, Request, end_tokens, generate
 from eval.prefill import alike, how_many_fit, stream_tokens
 from eval.sampling import SamplingOptions
+from kernels.rms_norm import rms_norm
 from trainer.batch import build_stream
 from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
+from trainer.models.one_token import rms_norm_of_few
 from trainer.models.packed import pack_for_sampling
 
 GREEDY = SamplingOptions(max_tokens=24, temperature=0)
@@ -196,9 +198,7 @@ def test_prompts_join_while_that_saves_tokens() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_block_as_one_function_gives_the_same_bits(
-    tiny_model_dir: Path, tokenizer: Tokenizer, dtype: torch.dtype
-) -> None:
+def test_a_block_as_one_function_gives_the_same(tiny_model_dir: Path, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
     model = load_decoder(tiny_model_dir, dtype=dtype).requires_grad_(False)
     pack_for_sampling(model)
     requests = requests_of(LENGTHS, model.config.vocab_size)
@@ -207,7 +207,22 @@ def test_a_block_as_one_function_gives_the_same_bits(
     for block in model.layers:
         block.one_token = None
     by_modules = by_key(list(generate(model, tokenizer, requests, GREEDY, slots=3)))
-    assert as_one == by_modules
+    assert {key: each.token_ids for key, each in as_one.items()} == {
+        key: each.token_ids for key, each in by_modules.items()
+    }
+    for key, each in as_one.items():
+        assert each.logps == pytest.approx(by_modules[key].logps, abs=1e-5 if dtype == torch.float32 else 2**-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_norm_of_few_rows_is_the_kernels_norm(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(576, generator=generator).to(dtype)
+    for scale in (1e-3, 1.0, 1e3):
+        x = (torch.randn(8, 576, generator=generator) * scale + scale).to(dtype)
+        found, exact = rms_norm_of_few(x, weight, 1e-5), rms_norm(x.double(), weight.double(), 1e-5)
+        error, other = ((y.double() - exact).abs().max() for y in (found, rms_norm(x, weight, 1e-5)))
+        assert error <= 1.5 * other
 
 
 def test_stops_at_tokens_and_texts(model: Decoder, tokenizer: Tokenizer) -> None:
