@@ -123,8 +123,8 @@ def default_workers(model: Decoder, slots: int) -> int:
     """As many as there are threads, where each gets at least `LEAST_SLOTS` slots; else 1, with all threads.
 
     One token a slot is many small operations, which two threads of one process hardly speed up: 16 prompts of about 100
-    tokens and 128 tokens behind each, SmolLM2-135M in bfloat16 on two cores of a Zen 4 processor, took 9.0 to 10.6 s in
-    one process and 7.1 to 7.8 s in two. (With only one core free, two take longer: the weights are read twice.)
+    tokens and 128 tokens behind each, SmolLM2-135M in bfloat16 on two cores of a Zen 4 processor, took 7.3 to 8.7 s in
+    one process (6.1 to 6.3 with threads that spin) and 5.7 to 5.8 s in two. With only one core free, two take longer.
     """
     threads = torch.get_num_threads()
     on_cpu = model.head_weight.device.type == "cpu" and sys.platform == "linux"
