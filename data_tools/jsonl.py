@@ -128,7 +128,7 @@ def _scan(path: str | Path) -> Iterator[tuple[int, object]]:
         yield number + 1, DataError(path, None, field=None, problem=problem)
         return
     if rows == 0:
-        yield 1, DataError(path, None, field=None, problem="is empty: expected one JSON object a line")
+        yield 1, DataError(path, None, field=None, problem=EMPTY)
 
 
 def _open(path: str | Path) -> BinaryIO:
@@ -170,6 +170,7 @@ def _decode(path: str | Path, number: int, raw: bytes, *, first: bool) -> tuple[
     return DataError(path, number, field=None, problem=problem), hopeless
 
 
+EMPTY = "is empty: expected one JSON object a line; if a command wrote it, its log says what was dropped and why"
 ONE_OBJECT_A_LINE = "this is one JSON array; JSON Lines has one object a line, without [ ] around and commas between"
 
 
