@@ -42,6 +42,10 @@ class Request:
     prefix: int = 0
 
 
+Todo = tuple[Request, Sequence[int]]
+"""A prompt, and the numbers of the samples wanted of it."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """One finished sample. token_ids: all that were drawn, the token that ended it included; text: without it and
@@ -105,7 +109,7 @@ def generate(
     slots = min(slots, sum(len(own) for _, own in todo))
     workers = max(1, min(workers, slots))
 
-    def work(own: Sequence[tuple[Request, Sequence[int]]], ended: Callable[[], bool]) -> Iterator[Completion]:
+    def work(own: Sequence[Todo], ended: Callable[[], bool]) -> Iterator[Completion]:
         engine = _Engine(model, tokenizer, options, stop_ids, -(-slots // workers), prefill_tokens)
         with torch.inference_mode():
             yield from engine.run(own, ended)
@@ -116,7 +120,20 @@ def generate(
     if len(todo) < workers:  # each of them begins with a part of every prompt's samples
         todo = [(request, own[part::workers]) for request, own in todo for part in range(workers)]
     # dealt out, not taken by who is free: then a run draws the same samples again, to the last bit
-    yield from in_processes([partial(work, todo[part::workers]) for part in range(workers)], stopped)
+    yield from in_processes([partial(work, hand) for hand in dealt(todo, workers)], stopped)
+
+
+def dealt(todo: Sequence[Todo], hands: int) -> list[list[Todo]]:
+    """As many to each hand as to the others, in order, with about as many tokens: of each round, the longest prompt
+    goes where fewest tokens are."""
+    found: list[list[Todo]] = [[] for _ in range(hands)]
+    tokens = [0] * hands
+    for start in range(0, len(todo), hands):
+        longest_first = sorted(todo[start : start + hands], key=lambda each: -len(each[0].prompt_ids))
+        for each, hand in zip(longest_first, sorted(range(hands), key=tokens.__getitem__), strict=False):
+            found[hand].append(each)
+            tokens[hand] += len(each[0].prompt_ids)
+    return found
 
 
 def default_workers(model: Decoder, slots: int) -> int:
@@ -173,9 +190,7 @@ class _Engine:
         self.tokens: Tensor
         self.seen: Tensor | None = None
 
-    def run(
-        self, requests: Sequence[tuple[Request, Sequence[int]]], stopped: Callable[[], bool]
-    ) -> Iterator[Completion]:
+    def run(self, requests: Sequence[Todo], stopped: Callable[[], bool]) -> Iterator[Completion]:
         todo = deque((request, deque(own)) for request, own in requests if own)
         if not todo:
             return

@@ -13,7 +13,7 @@ import torch
 
 from data_tools.errors import UserError
 from data_tools.tokenizer import load_tokenizer
-from eval.generate import Completion, Request, default_workers, generate
+from eval.generate import Completion, Request, dealt, default_workers, generate
 from eval.generate_workers import in_processes
 from eval.sampling import SamplingOptions
 from trainer.errors import TrainingStopped
@@ -35,6 +35,14 @@ def no_process_is_left() -> Iterator[None]:
     before = set(children())
     yield
     assert set(children()) <= before
+
+
+def test_prompts_are_dealt_in_order_with_equal_tokens() -> None:
+    lengths = (9, 1, 8, 2, 3, 3, 30)
+    todo = [(Request(str(index), (7,) * length), (0,)) for index, length in enumerate(lengths)]
+    hands = dealt(todo, 2)
+    assert [[request.id for request, _ in hand] for hand in hands] == [["0", "3", "5"], ["1", "2", "4", "6"]]
+    assert dealt(todo, 1) == [todo] and dealt([], 2) == [[], []]
 
 
 @pytest.mark.parametrize(("prompts", "workers"), [(7, 2), (7, 3), (1, 2), (2, 3)])
