@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from data_tools.errors import UserError
 from data_tools.tokenizer import Tokenizer
 from eval.generate_workers import in_processes
-from eval.prefill import Prefilled, how_many_fit, prefill
+from eval.prefill import Prefilled, how_many_fit, prefill, shares
 from eval.sampling import SamplingOptions, next_tokens, penalised, uniform_numbers
 from trainer.batch import Stream
 from trainer.models.decoder import Decoder
@@ -217,7 +218,7 @@ class _Engine:
             while free and self.waiting:
                 first = self.waiting[0]
                 slot = free.pop(0)
-                self.cache.put(slot, first.prompt.keys_and_values, beyond=first.prompt.beyond)
+                self.cache.put(slot, first.prompt.cache, first.prompt.places, beyond=first.prompt.beyond)
                 sample = first.samples.popleft()
                 numbers = uniform_numbers(self.options.seed, first.request.id, sample)
                 self.running[slot] = _Running(first.request, sample, numbers)
@@ -232,9 +233,10 @@ class _Engine:
             free = [slot for slot, own in enumerate(self.running) if own is None]
 
     def _run_prompts(self, todo: deque) -> None:
-        """The next prompts, as many as make a stream of `prefill_tokens` tokens, at least one: more than there are
-        free slots, so that those that begin alike are run together."""
-        count = how_many_fit((request.prompt_ids for request, _ in todo), self.prefill_tokens)
+        """The next prompts, as many as make a stream of `prefill_tokens` tokens, from one to as many as there are
+        slots: more than are free, so that those that begin alike are run together."""
+        next_ones = islice((request.prompt_ids for request, _ in todo), self.most_slots)
+        count = how_many_fit(next_ones, self.prefill_tokens, share=shares(self.model))
         chosen = [todo.popleft() for _ in range(count)]
         prompts = prefill(self.model, [request.prompt_ids for request, _ in chosen])
         for (request, own), prompt in zip(chosen, prompts, strict=True):

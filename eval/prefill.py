@@ -28,8 +28,10 @@ Run = tuple[int, list[Tokens]]
 class Prefilled:
     """A prompt of P tokens that was run."""
 
-    keys_and_values: list[tuple[Tensor, Tensor]]
-    """(K, P, h) each, of each layer."""
+    cache: PromptCache
+    """Keys and values of the whole stream, which what the prompts share is in once."""
+    places: Tensor
+    """(P,) the prompt's tokens in it."""
     logits: Tensor
     """(V,) float32 on the CPU, of the token behind it."""
     beyond: bool
@@ -39,8 +41,7 @@ class Prefilled:
 def prefill(model: Decoder, prompts: Sequence[Tokens]) -> list[Prefilled]:
     """Each prompt, run beside the others in one stream; each has one token or more."""
     ropes = {layer.rope for layer in model.config.layers if layer.rope is not None}
-    by_length = any(rope.by_length for rope in ropes)  # then a prefix is not the same in a longer sequence
-    runs = [(0, [prompt]) for prompt in prompts] if by_length else alike(prompts)
+    runs = alike(prompts, share=shares(model))
     stream, cache = build_stream([_group(shared, own) for shared, own in runs]), PromptCache()
     places = []
     for group in stream.layout:
@@ -55,28 +56,33 @@ def prefill(model: Decoder, prompts: Sequence[Tokens]) -> list[Prefilled]:
     stream = Stream(**{**vars(stream), "score_index": lasts}).to(model.head_weight.device)
     logits = model(stream, output="next", cache=cache).float().cpu()
     return [
-        Prefilled(cache.rows(own), row, any(rope.is_beyond((len(own),)) for rope in ropes))
+        Prefilled(cache, own, row, any(rope.is_beyond((len(own),)) for rope in ropes))
         for own, row in zip(places, logits, strict=True)
     ]
 
 
-def alike(prompts: Iterable[Tokens]) -> list[Run]:
+def shares(model: Decoder) -> bool:
+    """Is a prompt's beginning the same in a longer one? Not where frequencies depend on the length."""
+    return not any(layer.rope is not None and layer.rope.by_length for layer in model.config.layers)
+
+
+def alike(prompts: Iterable[Tokens], *, share: bool = True) -> list[Run]:
     """Neighbours that begin with the same tokens. One more joins where that does not lessen how many tokens are saved;
-    each keeps a token of its own."""
+    each keeps a token of its own. share: false: each prompt is a run of its own."""
     runs: list[Run] = []
     for prompt in prompts:
-        _add(runs, prompt)
+        _add(runs, prompt, share)
     return runs
 
 
-def how_many_fit(prompts: Iterable[Tokens], most_tokens: int) -> int:
+def how_many_fit(prompts: Iterable[Tokens], most_tokens: int, *, share: bool = True) -> int:
     """How many of them, from the first on, make a stream of at most so many tokens; at least one."""
     runs: list[Run] = []
     before = count = 0
     for prompt in prompts:
         last = stream_tokens(runs[-1:])
         known = len(runs)
-        _add(runs, prompt)
+        _add(runs, prompt, share)
         before += last if len(runs) > known else 0
         if count and before + stream_tokens(runs[-1:]) > most_tokens:
             break
@@ -89,8 +95,8 @@ def stream_tokens(runs: Sequence[Run]) -> int:
     return sum(shared + sum(len(own) - shared for own in run) for shared, run in runs)
 
 
-def _add(runs: list[Run], prompt: Tokens) -> None:
-    if runs:
+def _add(runs: list[Run], prompt: Tokens, share: bool) -> None:
+    if runs and share:
         shared, run = runs[-1]
         most = min(shared or len(run[0]) - 1, len(prompt) - 1)
         common = shared_tokens(run[0][:most], prompt[:most])

@@ -54,7 +54,7 @@ def resolve(impl: str = "auto", device: torch.device | None = None, dtype: torch
             raise ValueError(
                 f"kernels 'triton' ({source}): Triton's interpreter computes bfloat16 wrongly; use float32, or 'cpu'"
             )
-    if impl not in _said and not torch.compiler.is_compiling():  # a graph cannot hold a message
+    if not torch.compiler.is_compiling() and impl not in _said:  # a graph cannot hold a message
         _said.add(impl)
         logger.info("kernels: %s (%s)", impl, source)
     return impl

@@ -307,6 +307,36 @@ def test_path_errors_are_user_errors_with_the_path_as_given(error: type[ModelErr
     assert str(error("../m", "has no config.json")) == "../m: has no config.json"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "allowed"),
+    [
+        (["--loss.loss_type=ipo"], True),
+        (["--train.objective=simpo"], True),
+        (["--train.objective=cpo", "--loss.cpo_alpha=0"], True),
+        (["--train.objective=cpo"], False),
+        (["--train.objective=orpo"], False),
+        (["--train.objective=sft"], False),
+        (["--loss.loss_type=sigmoid,sft"], False),
+        (["--loss.loss_type=robust", "--loss.label_smoothing=0.2"], False),
+        (["--loss.loss_type=sigmoid", "--loss.loss_weights=0.1"], False),
+    ],
+)
+def test_a_run_ends_as_solved_where_the_loss_says_so(overrides: list[str], allowed: bool, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").touch()
+    argv = [
+        str(tmp_path / "c.toml"),
+        "--model.path=M",
+        "--data.train=d.jsonl",
+        "--train.stop_when_solved=5",
+        *overrides,
+    ]
+    if allowed:
+        assert load_config(argv).train.stop_when_solved == 5
+        return
+    with pytest.raises(ConfigError, match=r"train\.stop_when_solved = 5: needs a loss that goes to 0"):
+        load_config(argv)
+
+
 # --- there and back --------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +347,6 @@ def test_every_key_survives_toml_with_a_value_that_is_not_its_default() -> None:
                  "overlong": "truncate_completion", "chat_template": "t.jinja",
                  "special_tokens": "control", "cache_dir": "c", "lint": False},
         "train": {"objective": "dpo", "global_batch": 3, "tokens_per_microbatch": 5, "max_steps": 9, "epochs": 2,
-                  "stop_when_solved": 5,
                   "learning_rate": 1.2345678901234567e-7, "schedule": "cosine", "warmup_ratio": 0.1,
                   "weight_decay": 0.01, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-20,
                   "max_grad_norm": 0.0, "dtype": "float32",
@@ -336,7 +365,7 @@ def test_every_key_survives_toml_with_a_value_that_is_not_its_default() -> None:
         "dist": {"strategy": "fsdp", "replicas": 2, "grad_sync": "last", "cpu_offload": True, "timeout_s": 30.0},
     }  # fmt: skip
     not_for_dpo = {"orpo_nll", "simpo_gamma", "cpo_alpha"}
-    not_for_these = {"quantise", "gguf", "dropout"}  # exclude others above
+    not_for_these = {"quantise", "gguf", "dropout", "stop_when_solved"}  # exclude others above
     of_prm = {"labels": "outcome", "loss": "mse", "outcome": "last", "separator": "<s>", "aggregation": "min"}
     known = {name for section in SECTIONS for name in to_tables(from_tables(tables))[section]}
     others = not_for_dpo | not_for_these | of_prm.keys()

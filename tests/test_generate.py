@@ -195,6 +195,8 @@ def test_prompts_join_while_that_saves_tokens() -> None:
     for most, expected in ((1, 1), (121, 1), (122, 2), (123, 3), (145, 3), (146, 4), (149, 4)):
         assert how_many_fit(few_shot + plain[:1], most) == expected
     assert alike([]) == [] and how_many_fit([], 9) == 0
+    assert alike(plain, share=False) == [(0, [prompt]) for prompt in plain]
+    assert how_many_fit(plain, 60, share=False) == 2 and how_many_fit(plain, 60) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -202,8 +204,12 @@ def test_a_block_as_one_function_gives_the_same(tiny_model_dir: Path, tokenizer:
     model = load_decoder(tiny_model_dir, dtype=dtype).requires_grad_(False)
     pack_for_sampling(model)
     requests = requests_of(LENGTHS, model.config.vocab_size)
-    assert all(block.one_token is not None for block in model.layers)
+    calls = []
+    for block in model.layers:
+        assert block.one_token is not None
+        block.one_token = lambda *given, own=block.one_token: calls.append(1) or own(*given)
     as_one = by_key(list(generate(model, tokenizer, requests, GREEDY, slots=3)))
+    assert len(calls) >= len(model.layers) * (GREEDY.max_tokens - 1)
     for block in model.layers:
         block.one_token = None
     by_modules = by_key(list(generate(model, tokenizer, requests, GREEDY, slots=3)))

@@ -206,10 +206,6 @@ class TrainConfig(Section):
     def check(self) -> None:
         self.require_at_least(1, "global_batch", "tokens_per_microbatch", "max_steps", "epochs")
         self.require_at_least(0, "stop_when_solved", "learning_rate", "weight_decay", "max_grad_norm", "seed")
-        solvable = self.objective not in ("sft", "prm")
-        self.require(
-            solvable or not self.stop_when_solved, "stop_when_solved", "is for preference objectives; leave it out"
-        )
         self.require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "must be from 0 to 1")
         for name in ("adam_beta1", "adam_beta2"):
             self.require(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
@@ -444,7 +440,18 @@ class Config:
                 unused = f"train.objective = {objective} has no reference; leave it out"
                 self.reference.require(getattr(self.reference, name) is None, name, unused)
         self.eval.require(self.eval.every == 0 or self.data.eval, "every", "needs data.eval, the held-out files")
+        self._check_stop()
         self._check_lora()
+
+    def _check_stop(self) -> None:
+        loss, objective = self.loss, self.train.objective
+        to_zero = objective in ("dpo", "simpo") or (objective == "cpo" and not loss.cpo_alpha)
+        to_zero = to_zero and "sft" not in loss.loss_type and not loss.label_smoothing and loss.loss_weights is None
+        problem = (
+            "needs a loss that goes to 0 as pairs are solved: dpo, simpo or cpo without cpo_alpha, and without sft, "
+        )
+        problem += "label_smoothing and loss_weights; leave it out"
+        self.train.require(to_zero or not self.train.stop_when_solved, "stop_when_solved", problem)
 
     def _check_lora(self) -> None:
         if self.model.quantise != "none":

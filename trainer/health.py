@@ -58,7 +58,7 @@ class Health:
                 "saturated",
                 f"reward accuracy {accuracy:.2f} at loss {means['loss']:.4f}: the pairs are solved, or something "
                 "besides content tells chosen from rejected (see the data lint); more steps teach nothing "
-                "(train.stop_when_solved ends a run there)",
+                "(a new run with train.stop_when_solved ends there)",
             ))  # fmt: skip
         if accuracy is not None and "lengths/chosen" in means:
             gap = means["lengths/chosen"] - means["lengths/rejected"]

@@ -40,13 +40,11 @@ class PromptCache:
 
         return remember
 
-    def rows(self, places: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of the stream's tokens at places (P,): (K, P, h) keys and values of each layer, copies."""
+    def rows(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of the stream's tokens at places (P,): (K, P, h) keys and values, layer by layer, copies."""
         places = places.to(self.layers[0][0].device)
-        return [
-            tuple(x.index_select(0, places).transpose(0, 1).contiguous() for x in pair)  # type: ignore[misc]
-            for pair in self.layers
-        ]
+        for keys, values in self.layers:
+            yield keys.index_select(0, places).transpose(0, 1), values.index_select(0, places).transpose(0, 1)
 
 
 @contextmanager
@@ -85,11 +83,11 @@ class SlotCache:
     def slots(self) -> int:
         return len(self.lengths)
 
-    def put(self, slot: int, prompt: Sequence[tuple[Tensor, Tensor]], *, beyond: bool = False) -> None:
-        """Begin slot `slot` with a prompt's keys and values."""
-        length = prompt[0][0].shape[1]
+    def put(self, slot: int, cache: PromptCache, places: Tensor, *, beyond: bool = False) -> None:
+        """Begin slot `slot` with a prompt's keys and values: those of the cache's stream at places (P,)."""
+        length = len(places)
         self._make_room(max(length, int(self.lengths.max())) + 1)
-        for layer, (own_keys, own_values) in zip(self.layers, prompt, strict=True):
+        for layer, (own_keys, own_values) in zip(self.layers, cache.rows(places), strict=True):
             layer[0, slot, :, :length], layer[1, slot, :, :length] = own_keys, own_values
         self.lengths[slot], self.beyond[slot] = length, beyond
 
@@ -154,6 +152,7 @@ class SlotCache:
     def _rebuild(self, capacity: int, slots: Tensor | None) -> None:
         """New buffers of this room, with what the old ones hold of these slots (None: of all)."""
         common = min(self.capacity, capacity)
+        self.views = []  # so that each old buffer goes when its new one is there
         for place, old in enumerate(self.layers):
             self.layers[place] = self._buffer(capacity)
             kept = old if slots is None else old.index_select(1, slots)
