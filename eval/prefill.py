@@ -78,13 +78,10 @@ def alike(prompts: Iterable[Tokens], *, share: bool = True) -> list[Run]:
 def how_many_fit(prompts: Iterable[Tokens], most_tokens: int, *, share: bool = True) -> int:
     """How many of them, from the first on, make a stream of at most so many tokens; at least one."""
     runs: list[Run] = []
-    before = count = 0
+    count = 0
     for prompt in prompts:
-        last = stream_tokens(runs[-1:])
-        known = len(runs)
         _add(runs, prompt, share)
-        before += last if len(runs) > known else 0
-        if count and before + stream_tokens(runs[-1:]) > most_tokens:
+        if count and stream_tokens(runs) > most_tokens:
             break
         count += 1
     return count
