@@ -19,6 +19,7 @@ from kernels.rms_norm import rms_norm
 from trainer.batch import build_stream
 from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
+from trainer.models.kv_cache import SlotCache
 from trainer.models.one_token import rms_norm_of_few
 from trainer.models.packed import pack_for_sampling
 
@@ -166,20 +167,41 @@ def test_slots_are_refilled_beside_longer_ones(model: Decoder, tokenizer: Tokeni
 def test_a_prompt_is_computed_once_for_all_its_samples(model: Decoder, tokenizer: Tokenizer) -> None:
     """And what prompts begin with in common once for them all."""
     options = SamplingOptions(max_tokens=3, n=5)
-    for requests, prefill_tokens, expected in (
-        (requests_of((23, 19), 60), 2048, [42]),
-        (requests_of((23, 19), 60), 41, [19, 23]),
-        (alike_requests(60), 2048, [19 + 10 + 2 + 5 + 1]),
-        (alike_requests(60), 20 + 9 + 1, [30, 19 + 5 + 1]),
+    for requests, prefill_tokens, expected, slots in (
+        (requests_of((23, 19), 60), 2048, [42], 4),
+        (requests_of((23, 19), 60), 41, [19, 23], 4),
+        (alike_requests(60), 2048, [19 + 10 + 2 + 5 + 1], 4),
+        (alike_requests(60), 2048, [30, 19 + 5 + 1], 2),
+        (alike_requests(60), 20 + 9 + 1, [30, 19 + 5 + 1], 4),
     ):
         lengths: list[int] = []
         hook = model.register_forward_pre_hook(lambda _, given, own=lengths: own.append(len(given[0].tokens)))
         try:
-            done = list(generate(model, tokenizer, requests, options, slots=4, prefill_tokens=prefill_tokens))
+            drawn = generate(model, tokenizer, requests, options, slots=slots, prefill_tokens=prefill_tokens)
+            done = list(drawn)
         finally:
             hook.remove()
         assert len(done) == 5 * len(requests)
         assert sorted(length for length in lengths if length > 4) == sorted(expected)  # others are steps of 4 tokens
+
+
+def test_prompts_are_run_alone_where_frequencies_depend_on_the_length(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    VARIANTS["llama dynamic rope"].model().save_pretrained(tmp_path)
+    dynamic, lengths = load_decoder(tmp_path), []
+    dynamic.register_forward_pre_hook(lambda _, given: lengths.append(len(given[0].tokens)))
+    options = SamplingOptions(max_tokens=3, temperature=0)
+    assert len(list(generate(dynamic, tokenizer, alike_requests(VOCABULARY), options, slots=4, prefill_tokens=60))) == 4
+    assert [length for length in lengths if length > 4] == [29 + 21, 24 + 20]
+
+
+def test_growing_the_cache_frees_each_old_buffer_in_turn(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = SlotCache(model.config, 2, dtype=torch.float32, device=torch.device("cpu"))
+    cache.begin()
+    buffer, views = cache._buffer, []
+    monkeypatch.setattr(cache, "_buffer", lambda capacity: views.append(len(cache.views)) or buffer(capacity))
+    assert len(cache.views) == len(model.layers)
+    cache._make_room(500)
+    assert views == [0] * len(model.layers)
 
 
 def test_prompts_join_while_that_saves_tokens() -> None:
