@@ -3,9 +3,11 @@
     python -m eval.bench --model DIR --prompts P.jsonl --batch 16 --tokens 128 --dtype bf16 --json out.json
 
 Each side runs in a process of its own, in turn, `--repeats` times; medians are shown. Both draw the likeliest token,
-`--tokens` of them for each prompt, ends ignored. CPU time and peak memory are those of the process and of those that it
-forks, pages that they share counted once. With `--parity` both run once more in float32 and their tokens are compared:
-a difference counts where their two best logits are not within 1e-4.
+`--tokens` of them for each prompt, ends ignored, once before the clock runs and once more by it. CPU time and peak
+memory are those of the process and of those that it forks, pages that they share counted once; such memory is read
+while the clock does not run, for that takes 5 ms a process each time. Threads that wait sleep on both sides, unless the
+environment variable OMP_WAIT_POLICY says otherwise. With `--parity` both run once more in float32 and their tokens are
+compared: a difference counts where their two best logits are not within 1e-4.
 Numbers of two machines are never comparable.
 """
 
@@ -42,6 +44,7 @@ from trainer.models.hf_weights import load_decoder
 from trainer.models.packed import pack_for_sampling
 from trainer.run_folder import write_file
 
+WAIT_POLICY = "OMP_WAIT_POLICY"
 EVERY_S = 0.5
 NEAR = 1e-4
 """Two logits that are no further apart may come in either order."""
@@ -70,12 +73,12 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     model = load_decoder(args.model, dtype=numerics.COMPUTE_DTYPES[args.dtype]).requires_grad_(False)
     pack_for_sampling(model)
     requests = [Request(str(index), tuple(own)) for index, own in enumerate(ids)]
-    list(generate(model, tokenizer, requests, SamplingOptions(max_tokens=2, temperature=0), slots=args.batch))
-    wall, cpu = time.perf_counter(), cpu_seconds()
     options = SamplingOptions(max_tokens=args.tokens, temperature=0)
     with FamilyMemory() as memory:
-        drawn = generate(model, tokenizer, requests, options, slots=args.batch)
-        done = {each.request_id: each.token_ids for each in drawn}
+        list(generate(model, tokenizer, requests, options, slots=args.batch))
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    drawn = generate(model, tokenizer, requests, options, slots=args.batch)
+    done = {each.request_id: each.token_ids for each in drawn}
     reading = _reading(wall, cpu, args, [done[request.id] for request in requests], [])
     return reading | {"peak_rss_mib": max(reading["peak_rss_mib"], memory.most_mib)}
 
@@ -96,7 +99,7 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
     if args.parity_run:
         options |= {"return_dict_in_generate": True, "output_logits": True}
     with torch.no_grad():
-        model.generate(tokens, max_new_tokens=2, **options)
+        model.generate(tokens, max_new_tokens=args.tokens, **options)
         wall, cpu = time.perf_counter(), cpu_seconds()
         out = model.generate(tokens, max_new_tokens=args.tokens, **options)
     gaps = []
@@ -132,6 +135,8 @@ class FamilyMemory(threading.Thread):
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()
+        if self.is_alive():
+            self.join()
 
 
 def _pss_mib(process: str) -> float:
@@ -156,12 +161,17 @@ def _reading(
     }
 
 
+def environment() -> dict[str, str]:
+    """Of both sides: with threads that sleep while they wait, as in trainer.bench_scaling and the Makefile."""
+    return {WAIT_POLICY: "passive"} | os.environ
+
+
 def in_child(side: str, argv: list[str], *more: str) -> dict[str, Any]:
     """A reading of one side in a process of its own. Raises RunError."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "reading.json"
         command = [sys.executable, "-m", "eval.bench", *argv, "--side", side, "--json", str(out), *more]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
         if done.returncode:
             raise RunError(side, f"its process ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
         return json.loads(out.read_text(encoding="utf-8"))
@@ -193,7 +203,8 @@ def bench(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         if args.parity:
             exact = [in_child(side, argv, "--dtype", "float32", "--parity-run") for side in sides]
             result |= {f"parity_{name}": value for name, value in compare(*exact).items()}
-    result |= {"threads": args.threads or torch.get_num_threads(), "torch": torch.__version__}
+    result |= {"threads": args.threads or torch.get_num_threads(), WAIT_POLICY: environment()[WAIT_POLICY]}
+    result["torch"] = torch.__version__
     return result
 
 

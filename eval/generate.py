@@ -196,7 +196,8 @@ class _Engine:
         if not todo:
             return
         slots = min(self.most_slots, sum(len(own) for _, own in todo))
-        self.cache = SlotCache(self.model.config, slots, dtype=self.dtype, device=self.device)
+        longest = max(len(request.prompt_ids) for request, _ in todo) + self.options.max_tokens
+        self.cache = SlotCache(self.model.config, slots, dtype=self.dtype, device=self.device, most_tokens=longest)
         self.running, self.tokens = [None] * slots, torch.zeros(slots, dtype=torch.int64)
         if self.options.repetition_penalty != 1:
             self.seen = torch.zeros(slots, self.model.config.vocab_size, dtype=torch.bool)
@@ -239,6 +240,7 @@ class _Engine:
         count = how_many_fit(next_ones, self.prefill_tokens, share=shares(self.model))
         chosen = [todo.popleft() for _ in range(count)]
         prompts = prefill(self.model, [request.prompt_ids for request, _ in chosen])
+        self.cache.make_room(max(len(prompt.places) for prompt in prompts) + 1)  # once for all of them
         for (request, own), prompt in zip(chosen, prompts, strict=True):
             self.waiting.append(_Waiting(request, prompt, own))
 

@@ -76,6 +76,16 @@ def _forward_of(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return dispatch.triton_module("rms_norm").forward if impl == "triton" else _forward
 
 
+def rms_norm_of_few(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` of few rows, (..., D), without gradient, in four operations instead of nine; many rows take longer.
+
+    (x, -x) has mean 0 and x's mean square as its variance, so PyTorch's LayerNorm, one operation, normalises it alike.
+    """
+    width = x.shape[-1]
+    doubled = torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * width,), eps=eps)
+    return doubled[..., :width] * weight
+
+
 def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, impl: str) -> tuple[Tensor, Tensor]:
     """(total, normed); without gradient not by way of autograd, which takes longer than a few rows do."""
     if not torch.is_grad_enabled():

@@ -17,22 +17,23 @@ from kernels.reference import compute_dtype
 
 
 def whole_head(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Tables of half a head, (..., h/2) each, as `rotate_whole` takes them, (..., h): where one pair serves many calls,
+    """Tables of half a head, (..., h/2) each, as `rotate_wide` takes them, (..., h): where one pair serves many calls,
     it need not be made in each."""
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate_whole(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`apply_rope` without gradient, by tables of `whole_head`, which broadcast to x (T, H, h)."""
+def rotate_wide(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rope` without gradient, by tables of `whole_head`, which broadcast to x (T, H, h), in their dtype."""
     wide = x.to(cos.dtype)
     swapped = wide.roll(wide.shape[-1] // 2, -1)
-    return (wide * cos).addcmul_(swapped, sin).to(x.dtype)
+    return (wide * cos).addcmul_(swapped, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     """(T, H, h), (T, h/2), (T, h/2) -> (T, H, h). Whole heads at once: on halves, PyTorch's inner loop is too short."""
     wide = compute_dtype(x.dtype)
-    return rotate_whole(x, *whole_head(cos.to(wide)[:, None], (-sin if back else sin).to(wide)[:, None]))
+    tables = whole_head(cos.to(wide)[:, None], (-sin if back else sin).to(wide)[:, None])
+    return rotate_wide(x, *tables).to(x.dtype)
 
 
 class _ApplyRope(torch.autograd.Function):

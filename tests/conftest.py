@@ -21,7 +21,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 # Before anything imports torch: results and timing must not depend on how many cores the machine has.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin
 # As in the Makefile: threads that wait must not spin while others, or other processes, have work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -15,12 +15,11 @@ from data_tools.tokenizer import Tokenizer, load_tokenizer
 from eval.generate import Completion, Request, end_tokens, generate
 from eval.prefill import alike, how_many_fit, stream_tokens
 from eval.sampling import SamplingOptions
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import rms_norm, rms_norm_of_few
 from trainer.batch import build_stream
 from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
-from trainer.models.kv_cache import SlotCache
-from trainer.models.one_token import rms_norm_of_few
+from trainer.models.kv_cache import PromptCache, SlotCache
 from trainer.models.packed import pack_for_sampling
 
 GREEDY = SamplingOptions(max_tokens=24, temperature=0)
@@ -200,8 +199,34 @@ def test_growing_the_cache_frees_each_old_buffer_in_turn(model: Decoder, monkeyp
     buffer, views = cache._buffer, []
     monkeypatch.setattr(cache, "_buffer", lambda capacity: views.append(len(cache.views)) or buffer(capacity))
     assert len(cache.views) == len(model.layers)
-    cache._make_room(500)
+    cache.make_room(500)
     assert views == [0] * len(model.layers)
+
+
+def test_the_cache_has_room_for_what_may_come_and_no_more(model: Decoder) -> None:
+    def room(needed: int, **most: int) -> int:
+        cache = SlotCache(model.config, 2, dtype=torch.float32, device=torch.device("cpu"), **most)
+        cache.make_room(needed)
+        return cache.capacity
+
+    assert (room(128), room(128, most_tokens=130), room(128, most_tokens=128)) == (160, 160, 128)
+    assert room(129, most_tokens=128) == 160  # what is needed counts
+
+
+def test_what_hidden_places_hold_does_not_matter(
+    model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = requests_of(LENGTHS, model.config.vocab_size)
+    plain = by_key(list(generate(model, tokenizer, requests, GREEDY, slots=3)))
+    buffer = SlotCache._buffer
+    monkeypatch.setattr(SlotCache, "_buffer", lambda *given: buffer(*given).fill_(float("nan")))
+    assert by_key(list(generate(model, tokenizer, requests, GREEDY, slots=3))) == plain
+
+
+def test_a_prompts_values_are_kept_without_the_product_they_are_a_part_of() -> None:
+    product, cache = torch.zeros(6, 5, 4), PromptCache()
+    cache.attend(lambda q, k, v: v)(product[:, :3], product[:, 3:4], product[:, 4:])
+    assert cache.layers[0][1].untyped_storage().nbytes() == 6 * 4 * 4
 
 
 def test_prompts_join_while_that_saves_tokens() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import apply_rope, rotate_whole, whole_head
+from kernels.rope import apply_rope, rotate_wide, whole_head
 from kernels.swiglu_linear import geglu, swiglu, swiglu_linear
 
 OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]] = {
@@ -51,6 +51,6 @@ def test_tables_made_once_turn_as_apply_rope_does() -> None:
         torch.cat((cos[:, None].expand(-1, 3, -1), torch.ones(6, 2, 6)), dim=1),
         torch.cat((sin[:, None].expand(-1, 3, -1), torch.zeros(6, 2, 6)), dim=1),
     )
-    turned = rotate_whole(x, *tables)
+    turned = rotate_wide(x, *tables)
     assert torch.equal(turned[:, :3], apply_rope(x[:, :3].contiguous(), cos, sin))
     assert torch.equal(turned[:, 3:], x[:, 3:])

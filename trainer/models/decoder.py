@@ -242,7 +242,7 @@ class Decoder(nn.Module):
         one_token = isinstance(cache, SlotCache)
         shared: Shared
         if one_token:
-            shared = SharedByLayersOfSlots(stream, self.config, impl, cache)
+            shared = SharedByLayersOfSlots(self.config, impl, cache)
         else:
             shared = SharedByLayers(stream, self.config, impl, self.attention_form, dtype, cache)
         x_TD, head_weight = self._embed(stream.tokens if one_token else padded(stream.tokens))

@@ -8,13 +8,15 @@ Letters: S slots, P tokens of a prompt, L tokens of the fullest slot, H query he
 h head width.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from trainer.models.config import ModelConfig
+from trainer.models.rope import Rope
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -35,7 +37,7 @@ class PromptCache:
 
     def attend(self, inner: Attend) -> Attend:
         def remember(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
-            self.layers.append((k_TKh, v_TKh))
+            self.layers.append((k_TKh, v_TKh.contiguous()))  # a view would keep all of a product
             return inner(q_THh, k_TKh, v_TKh)
 
         return remember
@@ -57,9 +59,6 @@ def _threads(number: int, before: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-_AS_IT_IS = nullcontext()
-
-
 class SlotCache:
     """S sequences side by side. lengths (S,) int64: tokens each slot holds; 0: it is free.
 
@@ -67,8 +66,17 @@ class SlotCache:
     go over all the room, hidden places masked: of a part of it, the CPU library would make a copy first.
     """
 
-    def __init__(self, config: ModelConfig, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.config, self.device, self.dtype = config, device, dtype
+    def __init__(
+        self,
+        config: ModelConfig,
+        slots: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        most_tokens: int = sys.maxsize,
+    ) -> None:
+        """most_tokens: more than that no slot will ever hold."""
+        self.config, self.device, self.dtype, self.most_tokens = config, device, dtype, most_tokens
         self.softcap = config.attention_softcap
         self.lengths = torch.zeros(slots, dtype=torch.int64)
         self.beyond = torch.zeros(slots, dtype=torch.bool)
@@ -77,6 +85,10 @@ class SlotCache:
         self.layers = [self._buffer(0) for _ in range(config.num_layers)]
         self.views: list[tuple[Tensor, Tensor, Tensor]] = []
         """Of each layer, as products take them: rows of h, keys (S K, h, room), values (S K, room, h)."""
+        self.turns: dict[Rope | None, tuple[Tensor, Tensor]] = {}
+        """Cosines and sines of all places, as far as they were needed (trainer.models.shared_by_layers)."""
+        self.first_rows = torch.zeros(slots, 0, dtype=torch.int64)
+        """(S, 2K) which rows of h in a layer's buffer a slot's first token's keys and values are."""
         self._next_layer = 0
 
     @property
@@ -86,7 +98,7 @@ class SlotCache:
     def put(self, slot: int, cache: PromptCache, places: Tensor, *, beyond: bool = False) -> None:
         """Begin slot `slot` with a prompt's keys and values: those of the cache's stream at places (P,)."""
         length = len(places)
-        self._make_room(max(length, int(self.lengths.max())) + 1)
+        self.make_room(length + 1)
         for layer, (own_keys, own_values) in zip(self.layers, cache.rows(places), strict=True):
             layer[0, slot, :, :length], layer[1, slot, :, :length] = own_keys, own_values
         self.lengths[slot], self.beyond[slot] = length, beyond
@@ -102,52 +114,49 @@ class SlotCache:
 
     def begin(self) -> None:
         """Before each forward pass of one token a slot: make room for it and say what each row may see."""
-        self._make_room(int(self.lengths.max()) + 1)
+        self.make_room(1)
         self._next_layer = 0
 
     def advance(self) -> None:
         """After it: every slot in use has one token more."""
         self.lengths += self.lengths > 0
 
-    def attend(self, window: int | None) -> Callable[[Tensor], Tensor]:
+    def attend(self, window: int | None) -> Callable[[Tensor, Tensor], Tensor]:
         """Attention of one token a slot over what the slot holds and itself; its key and value are kept. The function
-        takes queries, keys and values as one (S, H + 2 K, h) and gives (S, H, h)."""
-        lengths = self.lengths.to(self.device)
-        places = torch.arange(self.capacity, device=self.device)
-        hidden = places > lengths[:, None]
-        if window is not None:
-            hidden |= places <= lengths[:, None] - window
+        takes queries (S, H, h) and keys and values as one (S, 2 K, h), contiguous, and gives (S, H h)."""
         heads, kv_heads, width = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        lengths = self.lengths.to(self.device)
+        rows = (self.first_rows + lengths[:, None]).flatten()
+        place, last = torch.arange(self.capacity, device=self.device), lengths[:, None].expand(-1, kv_heads)
+        last = last.reshape(-1, 1, 1)
+        hidden = place > last if window is None else (place > last) | (place <= last - window)
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
-        mask = mask.repeat_interleave(kv_heads, dim=0)[:, None]
-        rows, batch = self._token_rows(lengths), self.slots * kv_heads
         threads, few = torch.get_num_threads(), 2 * self.slots * heads * width * self.capacity < SMALL
+        grouped, joined = (self.slots * kv_heads, heads // kv_heads, width), (self.slots, heads * width)
 
-        def one_token(x_SCh: Tensor) -> Tensor:
+        def attend(q_BRh: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            scores = torch.bmm(q_BRh, keys)
+            if self.softcap is not None:
+                scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+            return torch.bmm(torch.softmax(scores.add_(mask), dim=-1, out=scores), values).view(joined)
+
+        def one_token(q_SHh: Tensor, kv_SCh: Tensor) -> Tensor:
             by_row, keys, values = self.views[self._next_layer]
             self._next_layer += 1
-            by_row.index_copy_(0, rows, x_SCh[:, heads:].reshape(-1, width))
-            q_BRh = x_SCh[:, :heads].reshape(batch, -1, width)
-            with _threads(1, threads) if few and threads > 1 else _AS_IT_IS:
-                scores = torch.bmm(q_BRh, keys)
-                if self.softcap is not None:
-                    scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-                out = torch.bmm(torch.softmax(scores.add_(mask), dim=-1, out=scores), values)
-            return out.view(self.slots, heads, width)
+            by_row.index_copy_(0, rows, kv_SCh.reshape(-1, width))
+            if few and threads > 1:
+                with _threads(1, threads):
+                    return attend(q_SHh.reshape(grouped), keys, values)
+            return attend(q_SHh.reshape(grouped), keys, values)
 
         return one_token
 
-    def _token_rows(self, lengths: Tensor) -> Tensor:
-        """(S 2K,) which rows of h in a layer's buffer the next token's keys and values become, in the order (S, 2K)."""
-        kv_heads = self.config.num_kv_heads
-        slot, kind, head = (torch.arange(size, device=lengths.device) for size in (self.slots, 2, kv_heads))
-        heads_before = (kind[:, None] * self.slots + slot[:, None, None]) * kv_heads + head
-        return (heads_before * self.capacity + lengths[:, None, None]).flatten()
-
-    def _make_room(self, length: int) -> None:
-        """At least `length` tokens a slot, all that any holds, and not far more; what is there is copied."""
+    def make_room(self, length: int) -> None:
+        """For a slot of `length` tokens and one token more in each that is there, and not for far more than that."""
+        length = max(length, int(self.lengths.max()) + 1)
         if length > self.capacity or self.capacity > 2 * length + STEP:
-            self._rebuild(-(-(length + length // SPARE) // STEP) * STEP, None)
+            room = min(length + length // SPARE, max(length, self.most_tokens))
+            self._rebuild(-(-room // STEP) * STEP, None)
 
     def _rebuild(self, capacity: int, slots: Tensor | None) -> None:
         """New buffers of this room, with what the old ones hold of these slots (None: of all)."""
@@ -157,11 +166,14 @@ class SlotCache:
             self.layers[place] = self._buffer(capacity)
             kept = old if slots is None else old.index_select(1, slots)
             self.layers[place][..., :common, :] = kept[..., :common, :]
+            self.layers[place][..., common:, :] = 0  # hidden, and still multiplied: 0 times what is there may be nan
         self.capacity, width = capacity, self.config.head_dim
         by_kind = [layer.view(2, -1, capacity, width) for layer in self.layers]
         self.views = [(both.view(-1, width), both[0].transpose(1, 2), both[1]) for both in by_kind]
+        self.turns = {}
+        heads = torch.arange(2 * self.slots * self.config.num_kv_heads, device=self.device) * capacity
+        self.first_rows = heads.view(2, self.slots, -1).transpose(0, 1).flatten(1)
 
     def _buffer(self, capacity: int) -> Tensor:
-        # zeros: a hidden place is still multiplied, by 0, and 0 times what malloc gives may be nan
         shape = 2, self.slots, self.config.num_kv_heads, capacity, self.config.head_dim
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)

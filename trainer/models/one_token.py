@@ -7,10 +7,9 @@ those of `decoder.Block` for kernels "cpu", in its order; a test compares the re
 
 from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.rms_norm import rms_norm_of_few
 from kernels.swiglu_linear import gated_cpu
 from trainer.models.config import ModelConfig
 from trainer.models.shared_by_layers import SharedByLayersOfSlots
@@ -33,18 +32,9 @@ def one_token(block: nn.Module, config: ModelConfig) -> OneToken | None:
     def run(x_SD: Tensor, added_SD: Tensor | None, shared: SharedByLayersOfSlots) -> tuple[Tensor, Tensor]:
         x_SD = x_SD if added_SD is None else x_SD + added_SD
         normed_SD = rms_norm_of_few(x_SD, first, eps)
-        attended_SHh = shared.attention_of_one(layer, qkv(normed_SD).view(len(x_SD), -1, width))
-        x_SD = x_SD + out(attended_SHh.flatten(-2))
+        x_SD = x_SD + out(shared.attention_of_one[layer](qkv(normed_SD).unflatten(-1, (-1, width))))
         normed_SD = rms_norm_of_few(x_SD, second, eps)
         gate_SF, up_SF = gate_up(normed_SD).chunk(2, dim=-1)
         return x_SD, down(gated_cpu(gate_SF, up_SF, activation))
 
     return run
-
-
-def rms_norm_of_few(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`kernels.rms_norm` of few rows, (..., D): (x, -x) has mean 0 and x's mean square as its variance, so LayerNorm,
-    one operation in PyTorch, normalises it alike. Four operations in place of nine; many rows take longer."""
-    width = x.shape[-1]
-    doubled = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * width,), eps=eps)
-    return doubled[..., :width] * weight

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.rope import apply_rope, rotate_whole, whole_head
+from kernels.rope import apply_rope, rotate_wide, whole_head
 from trainer.batch import Stream
 from trainer.models.attention_form import stream_attend
 from trainer.models.config import ModelConfig
@@ -76,49 +76,58 @@ class SharedByLayersOfSlots:
     """The same for one token a slot. How many operations there are is what takes time then: queries, keys and values
     are turned as one (values by nothing), by tables (S, H + 2 K, h) that are made once for all layers."""
 
-    def __init__(self, stream: Stream, config: ModelConfig, impl: str, cache: SlotCache) -> None:
+    def __init__(self, config: ModelConfig, impl: str, cache: SlotCache) -> None:
         self.impl, self.counts = impl, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        self.tables: dict[Rope | None, tuple[Tensor, Tensor]] = {}
-        self.attend: dict[int | None, Callable[[Tensor], Tensor]] = {}
+        self.attention_of_one: dict[Layer, Callable[[Tensor], Tensor]] = {}
+        """(S, H h) of queries, keys and values as the product gives them, one (S, H + 2 K, h)."""
         for layer in config.layers:
-            if layer.rope not in self.tables:
-                self.tables[layer.rope] = self._tables(layer.rope, stream.positions, config, cache)
-            if layer.window not in self.attend:
-                self.attend[layer.window] = cache.attend(layer.window)
-
-    def _tables(
-        self, rope: Rope | None, positions: Tensor, config: ModelConfig, cache: SlotCache
-    ) -> tuple[Tensor, Tensor]:
-        one = torch.ones(len(positions), config.head_dim // 2, device=positions.device)
-        still = one, torch.zeros_like(one)
-        cos, sin = (
-            still if rope is None else rope.tables(positions, config.head_dim, beyond=cache.beyond.to(one.device))
-        )
-        scale = config.attention_scale
-        by_kind = (cos * scale, sin * scale), (cos, sin), still
-        cos, sin = (
-            torch.cat(
-                [half[:, None].expand(-1, count, -1) for half, count in zip(own, self.counts, strict=True)], dim=1
-            )
-            for own in zip(*by_kind, strict=True)
-        )
-        return whole_head(cos, sin)
+            if layer not in self.attention_of_one:
+                tables = self._tables(layer.rope, config, cache)
+                self.attention_of_one[layer] = self._of_one(layer.rope, tables, cache.attend(layer.window))
 
     def attention(self, layer: Layer, q_SHh: Tensor, k_SKh: Tensor, v_SKh: Tensor) -> Tensor:
         """(S, H, h), of queries and keys that are not turned yet."""
-        if layer.rope is not None:
-            q_SHh, k_SKh = layer.rope.halves(q_SHh), layer.rope.halves(k_SKh)
-        return self._attend(layer, torch.cat((q_SHh, k_SKh, v_SKh), dim=1))
+        return self.attention_of_one[layer](torch.cat((q_SHh, k_SKh, v_SKh), dim=1)).view_as(q_SHh)
 
-    def attention_of_one(self, layer: Layer, x_SCh: Tensor) -> Tensor:
-        """The same of queries, keys and values (S, H + 2 K, h) that are one tensor already."""
-        rope = layer.rope
-        if rope is None or (rope.dims == x_SCh.shape[-1] and not rope.interleaved):  # `halves` leaves it as it is
-            return self._attend(layer, x_SCh)
-        return self.attention(layer, *x_SCh.split(self.counts, dim=1))
+    def _of_one(
+        self, rope: Rope | None, tables: tuple[Tensor, Tensor], attend: Callable[[Tensor, Tensor], Tensor]
+    ) -> Callable[[Tensor], Tensor]:
+        """Turn, and attend."""
+        heads, (cos, sin) = self.counts[0], tables
 
-    def _attend(self, layer: Layer, x_SCh: Tensor) -> Tensor:
-        return self.attend[layer.window](rotate_whole(x_SCh, *self.tables[layer.rope]))
+        def attention_of_one(x_SCh: Tensor) -> Tensor:
+            wide_SCh = rotate_wide(x_SCh, cos, sin)
+            return attend(wide_SCh[:, :heads].to(x_SCh.dtype), wide_SCh[:, heads:].to(x_SCh.dtype))
+
+        def in_halves(x_SCh: Tensor) -> Tensor:
+            *turned, v_SKh = x_SCh.split(self.counts, dim=1)
+            return attention_of_one(torch.cat([*map(rope.halves, turned), v_SKh], dim=1))
+
+        whole = rope is None or (rope.dims == cos.shape[-1] and not rope.interleaved)  # `halves` leaves it as it is
+        return attention_of_one if whole else in_halves
+
+    def _tables(self, rope: Rope | None, config: ModelConfig, cache: SlotCache) -> tuple[Tensor, Tensor]:
+        """(S, H + 2 K, h): queries are scaled, and turned as keys are; values stay as they are."""
+        device, lengths = cache.device, cache.lengths.to(cache.device)
+        if cache.beyond.any():
+            cos, sin = _turns(rope, lengths, config.head_dim, cache.beyond.to(device))
+        else:
+            if rope not in cache.turns:
+                cache.turns[rope] = _turns(rope, torch.arange(cache.capacity, device=device), config.head_dim)
+            cos, sin = (values[lengths] for values in cache.turns[rope])
+        heads, kv_heads, _ = self.counts
+        factor = [config.attention_scale] * heads + [1.0] * kv_heads + [0.0] * kv_heads
+        factor_C1 = torch.tensor(factor, device=device)[:, None]
+        still_C1 = torch.tensor([0.0] * (heads + kv_heads) + [1.0] * kv_heads, device=device)[:, None]
+        return torch.addcmul(still_C1, cos[:, None], factor_C1), sin[:, None] * factor_C1
+
+
+def _turns(rope: Rope | None, positions: Tensor, head_dim: int, beyond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (P, h), of positions (P,), as `rotate_wide` takes them; without a rotary embedding, of 0."""
+    if rope is not None:
+        return whole_head(*rope.tables(positions, head_dim, beyond=beyond))
+    still = torch.zeros(len(positions), head_dim, device=positions.device)
+    return still + 1, still
 
 
 Shared = SharedByLayers | SharedByLayersOfSlots
