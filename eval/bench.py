@@ -75,7 +75,8 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     requests = [Request(str(index), tuple(own)) for index, own in enumerate(ids)]
     options = SamplingOptions(max_tokens=args.tokens, temperature=0)
     with FamilyMemory() as memory:
-        list(generate(model, tokenizer, requests, options, slots=args.batch))
+        if not args.parity_run:
+            list(generate(model, tokenizer, requests, options, slots=args.batch))
     wall, cpu = time.perf_counter(), cpu_seconds()
     drawn = generate(model, tokenizer, requests, options, slots=args.batch)
     done = {each.request_id: each.token_ids for each in drawn}
@@ -99,7 +100,8 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
     if args.parity_run:
         options |= {"return_dict_in_generate": True, "output_logits": True}
     with torch.no_grad():
-        model.generate(tokens, max_new_tokens=args.tokens, **options)
+        if not args.parity_run:
+            model.generate(tokens, max_new_tokens=args.tokens, **options)
         wall, cpu = time.perf_counter(), cpu_seconds()
         out = model.generate(tokens, max_new_tokens=args.tokens, **options)
     gaps = []
@@ -116,7 +118,8 @@ def cpu_seconds() -> float:
 
 
 class FamilyMemory(threading.Thread):
-    """Looks every `EVERY_S` at the memory of this process and its children, shared pages counted once (Pss)."""
+    """Looks every `EVERY_S` at the memory of this process and its children: pages that they share counted once, and
+    the mapped files of the one that has most of them."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -126,7 +129,8 @@ class FamilyMemory(threading.Thread):
     def run(self) -> None:
         while not self.ended.wait(EVERY_S):
             children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
-            self.most_mib = max(self.most_mib, sum(map(_pss_mib, ["self", *children])))
+            own, files = zip(*map(_memory_mib, ["self", *children]), strict=True)
+            self.most_mib = max(self.most_mib, sum(own) + max(files))
 
     def __enter__(self) -> "FamilyMemory":
         if Path("/proc/self/smaps_rollup").exists():
@@ -139,12 +143,16 @@ class FamilyMemory(threading.Thread):
             self.join()
 
 
-def _pss_mib(process: str) -> float:
+def _memory_mib(process: str) -> tuple[float, float]:
+    """Its share of memory that is no file's, and the files' pages that it has in memory: others, which are not of the
+    family, may have them too, so that a share of those would be too little."""
     try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        parts = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        parts += Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
     except OSError:  # it has just ended
-        return 0.0
-    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith("Pss:")), 0.0)
+        return 0.0, 0.0
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in parts) if "kB" in rest}
+    return (kib.get("Pss_Anon", 0) + kib.get("Pss_Shmem", 0)) / 2**10, kib.get("RssFile", 0) / 2**10
 
 
 def _reading(

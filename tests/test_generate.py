@@ -223,10 +223,22 @@ def test_what_hidden_places_hold_does_not_matter(
     assert by_key(list(generate(model, tokenizer, requests, GREEDY, slots=3))) == plain
 
 
-def test_a_prompts_values_are_kept_without_the_product_they_are_a_part_of() -> None:
+def test_room_is_made_once_for_prompts_of_any_lengths(
+    model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests, made = requests_of((20, 300, 20, 20), model.config.vocab_size), []
+    rebuild = SlotCache._rebuild
+    monkeypatch.setattr(
+        SlotCache, "_rebuild", lambda self, room, slots: made.append(room) or rebuild(self, room, slots)
+    )
+    list(generate(model, tokenizer, requests, SamplingOptions(max_tokens=4, temperature=0), slots=4))
+    assert made[0] == 320 and made.count(320) == 1
+
+
+def test_a_prompts_keys_and_values_are_kept_without_the_product_they_are_a_part_of() -> None:
     product, cache = torch.zeros(6, 5, 4), PromptCache()
     cache.attend(lambda q, k, v: v)(product[:, :3], product[:, 3:4], product[:, 4:])
-    assert cache.layers[0][1].untyped_storage().nbytes() == 6 * 4 * 4
+    assert [kept.untyped_storage().nbytes() for kept in cache.layers[0]] == [6 * 4 * 4] * 2
 
 
 def test_prompts_join_while_that_saves_tokens() -> None:
@@ -371,6 +383,14 @@ def test_joined_products_change_nothing_in_float32(tiny_model_dir: Path, tokeniz
     for key, each in found[0].items():
         assert found[1][key].token_ids == each.token_ids
         assert found[1][key].logps == pytest.approx(each.logps, abs=1e-5)
+
+
+def test_longrope_prompts_of_both_frequencies_side_by_side(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    VARIANTS["phi3 longrope"].model().save_pretrained(tmp_path)
+    longrope, requests = load_decoder(tmp_path).requires_grad_(False), requests_of((3, 70, 17, 66, 1), VOCABULARY)
+    for each in generate(longrope, tokenizer, requests, SamplingOptions(max_tokens=12, n=2), slots=4):
+        expected = scored(longrope, next(own for own in requests if own.id == each.request_id), each.token_ids)
+        torch.testing.assert_close(torch.tensor(each.logps), expected, rtol=0, atol=2e-5)
 
 
 def test_end_tokens_come_from_all_that_name_them(tokenizer: Tokenizer) -> None:

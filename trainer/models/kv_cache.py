@@ -37,7 +37,7 @@ class PromptCache:
 
     def attend(self, inner: Attend) -> Attend:
         def remember(q_THh: Tensor, k_TKh: Tensor, v_TKh: Tensor) -> Tensor:
-            self.layers.append((k_TKh, v_TKh.contiguous()))  # a view would keep all of a product
+            self.layers.append((k_TKh.contiguous(), v_TKh.contiguous()))  # a view would keep all of a product
             return inner(q_THh, k_TKh, v_TKh)
 
         return remember
@@ -113,8 +113,11 @@ class SlotCache:
         self._rebuild(self.capacity, index.to(self.device))
 
     def begin(self) -> None:
-        """Before each forward pass of one token a slot: make room for it and say what each row may see."""
+        """Before each forward pass of one token a slot: make room for it, and give back what is far too much."""
         self.make_room(1)
+        longest = int(self.lengths.max()) + 1
+        if self.capacity > 2 * longest + STEP:
+            self._rebuild(self._room(longest), None)
         self._next_layer = 0
 
     def advance(self) -> None:
@@ -123,7 +126,7 @@ class SlotCache:
 
     def attend(self, window: int | None) -> Callable[[Tensor, Tensor], Tensor]:
         """Attention of one token a slot over what the slot holds and itself; its key and value are kept. The function
-        takes queries (S, H, h) and keys and values as one (S, 2 K, h), contiguous, and gives (S, H h)."""
+        takes queries (S, H, h) and keys and values as one (S, 2 K, h), and gives (S, H h)."""
         heads, kv_heads, width = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         lengths = self.lengths.to(self.device)
         rows = (self.first_rows + lengths[:, None]).flatten()
@@ -152,11 +155,14 @@ class SlotCache:
         return one_token
 
     def make_room(self, length: int) -> None:
-        """For a slot of `length` tokens and one token more in each that is there, and not for far more than that."""
+        """For a slot of `length` tokens, and one token more in each that is there."""
         length = max(length, int(self.lengths.max()) + 1)
-        if length > self.capacity or self.capacity > 2 * length + STEP:
-            room = min(length + length // SPARE, max(length, self.most_tokens))
-            self._rebuild(-(-room // STEP) * STEP, None)
+        if length > self.capacity:
+            self._rebuild(self._room(length), None)
+
+    def _room(self, length: int) -> int:
+        room = min(length + length // SPARE, max(length, self.most_tokens))
+        return -(-room // STEP) * STEP
 
     def _rebuild(self, capacity: int, slots: Tensor | None) -> None:
         """New buffers of this room, with what the old ones hold of these slots (None: of all)."""

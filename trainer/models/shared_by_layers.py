@@ -80,10 +80,10 @@ class SharedByLayersOfSlots:
         self.impl, self.counts = impl, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.attention_of_one: dict[Layer, Callable[[Tensor], Tensor]] = {}
         """(S, H h) of queries, keys and values as the product gives them, one (S, H + 2 K, h)."""
-        for layer in config.layers:
-            if layer not in self.attention_of_one:
-                tables = self._tables(layer.rope, config, cache)
-                self.attention_of_one[layer] = self._of_one(layer.rope, tables, cache.attend(layer.window))
+        tables = {rope: self._tables(rope, config, cache) for rope in {layer.rope for layer in config.layers}}
+        attend = {window: cache.attend(window) for window in {layer.window for layer in config.layers}}
+        for layer in set(config.layers):
+            self.attention_of_one[layer] = self._of_one(layer.rope, tables[layer.rope], attend[layer.window])
 
     def attention(self, layer: Layer, q_SHh: Tensor, k_SKh: Tensor, v_SKh: Tensor) -> Tensor:
         """(S, H, h), of queries and keys that are not turned yet."""
