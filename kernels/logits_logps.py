@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import dispatch, reference
+from kernels.argmax import argmax_of_rows
 from kernels.reference import compute_dtype
 
 LOG2E = math.log2(math.e)
@@ -33,15 +34,22 @@ def _slabs(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A row's largest logit, the sum of exp(logit - largest) without the target, and target logit - largest, (N,)."""
-    centers, others = (logits.new_empty(len(logits), dtype=compute_dtype(logits.dtype)) for _ in range(2))
+    """A row's largest logit, the sum of exp(logit - largest) without the target, and target logit - largest, (N,).
+
+    The last two are float64. The largest logit's own 1 is added there: a float32 sum with a 1 in it is rounded as much
+    as all that comes later, and the gradient of a likely token that is not the target bears it.
+    """
+    centers = logits.new_empty(len(logits), dtype=compute_dtype(logits.dtype))
+    others = torch.empty_like(centers, dtype=torch.float64)
     rows = torch.arange(len(logits), device=logits.device)
     for part, wide in _slabs(logits):
-        torch.amax(wide, 1, out=centers[part])
+        own, target, largest = rows[: len(wide)], targets[part], argmax_of_rows(wide)
+        centers[part] = wide[own, largest]
         wide.sub_(centers[part, None])
-        wide[rows[: len(wide)], targets[part]] = -torch.inf
-        torch.sum(_exp_(wide), 1, out=others[part])
-    return centers, others, logits[rows, targets] - centers
+        wide[own, target] = wide[own, largest] = -torch.inf
+        others[part] = _exp_(wide).sum(1)
+        others[part] += largest != target
+    return centers, others, logits[rows, targets].double() - centers
 
 
 def _backward(
@@ -70,10 +78,10 @@ class _LogpsFromLogits(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, inplace: bool, impl: str) -> Tensor:
         forward = dispatch.triton_module("logits_logps").forward if impl == "triton" else _forward
         centers, others, gaps = forward(logits, targets)
-        log_sums = torch.log(others + torch.exp(gaps))
+        log_sums = torch.log(others + torch.exp(gaps)).to(centers.dtype)
         # a sure target's others are lost in a sum with its own 1, not in their ratio; far below, that would overflow
         ratios = others * torch.exp(-gaps.clamp_min(-30))
-        logps = torch.where(gaps > -30, -torch.log1p(ratios), gaps - log_sums)
+        logps = torch.where(gaps > -30, -torch.log1p(ratios), gaps - log_sums).to(centers.dtype)
         ctx.save_for_backward(logits, targets, centers, log_sums, logps)
         ctx.inplace, ctx.impl = inplace, impl
         return logps
