@@ -128,9 +128,13 @@ class FamilyMemory(threading.Thread):
 
     def run(self) -> None:
         while not self.ended.wait(EVERY_S):
-            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
-            own, files = zip(*map(_memory_mib, ["self", *children]), strict=True)
-            self.most_mib = max(self.most_mib, sum(own) + max(files))
+            self.look()
+
+    def look(self) -> None:
+        """Once, now."""
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
+        own, files = zip(*map(_memory_mib, ["self", *children]), strict=True)
+        self.most_mib = max(self.most_mib, sum(own) + max(files))
 
     def __enter__(self) -> "FamilyMemory":
         if Path("/proc/self/smaps_rollup").exists():

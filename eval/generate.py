@@ -248,7 +248,7 @@ class _Engine:
         """One token more for every slot in use."""
         self.cache.begin()
         nothing = torch.empty(0, dtype=torch.int64)
-        stream = Stream(self.tokens, self.cache.lengths.clone(), nothing, nothing, nothing, nothing, nothing, ())
+        stream = Stream(self.tokens, nothing, nothing, nothing, nothing, nothing, nothing, ())
         logits = self.model(stream.to(self.device), output="next", cache=self.cache).float().cpu()
         self.cache.advance()
         busy = [slot for slot, own in enumerate(self.running) if own is not None]

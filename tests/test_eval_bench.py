@@ -1,8 +1,10 @@
 """The bench of generation: how parity is counted, and a whole run beside transformers."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eval import bench
@@ -25,6 +27,37 @@ def test_a_run_beside_transformers(tiny_model_dir: Path, tmp_path: Path) -> None
     numbers = json.loads(out.read_text(encoding="utf-8"))
     assert numbers["parity_equal"] + numbers["parity_near_ties"] == 3
     assert min(numbers["ours_tokens_per_s"], numbers["theirs_tokens_per_s"], numbers["ours_peak_rss_mib"]) > 0
+
+
+def test_waiting_threads_sleep_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert bench.environment()["OMP_WAIT_POLICY"] == "passive" and "PATH" in bench.environment()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert bench.environment()["OMP_WAIT_POLICY"] == "active"
+
+
+def test_memory_is_the_familys_and_shared_pages_count_once() -> None:
+    """A forked process shares 64 MiB and fills 64 of its own."""
+    shared = np.ones(64 << 20, dtype=np.uint8)
+    context = multiprocessing.get_context("fork")
+    filled, ended = context.Event(), context.Event()
+
+    def fill() -> None:
+        own = np.ones(64 << 20, dtype=np.uint8)
+        filled.set()
+        ended.wait()
+        assert own[0] == shared[0]
+
+    process = context.Process(target=fill)
+    with bench.FamilyMemory() as before:
+        before.look()
+    process.start()
+    with bench.FamilyMemory() as beside:
+        assert filled.wait(60)
+        beside.look()
+    ended.set()
+    process.join()
+    assert 60 < beside.most_mib - before.most_mib < 100
 
 
 def test_too_few_prompts_are_named(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

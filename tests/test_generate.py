@@ -6,24 +6,20 @@ import numpy as np
 import pytest
 import torch
 from family_fixtures import VARIANTS, VOCABULARY
+from generate_fixtures import GREEDY, LENGTHS, alike_requests, by_key, requests_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from data_tools.encode import Group
 from data_tools.errors import UserError
 from data_tools.tokenizer import Tokenizer, load_tokenizer
-from eval.generate import Completion, Request, end_tokens, generate
+from eval.generate import Request, end_tokens, generate
 from eval.prefill import alike, how_many_fit, stream_tokens
 from eval.sampling import SamplingOptions
-from kernels.rms_norm import rms_norm, rms_norm_of_few
 from trainer.batch import build_stream
 from trainer.models.decoder import Decoder
 from trainer.models.hf_weights import load_decoder
-from trainer.models.kv_cache import PromptCache, SlotCache
 from trainer.models.packed import pack_for_sampling
-
-GREEDY = SamplingOptions(max_tokens=24, temperature=0)
-LENGTHS = (3, 11, 1, 17, 6, 30, 2)
 
 
 @pytest.fixture(scope="module")
@@ -34,29 +30,6 @@ def tokenizer(tiny_model_dir: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: Path) -> Decoder:
     return load_decoder(tiny_model_dir).requires_grad_(False)
-
-
-def requests_of(lengths: tuple[int, ...], vocabulary: int, seed: int = 0) -> list[Request]:
-    numbers = np.random.default_rng(seed)
-    return [
-        Request(f"p{index}", tuple(numbers.integers(3, vocabulary, length).tolist()))
-        for index, length in enumerate(lengths)
-    ]
-
-
-def alike_requests(vocabulary: int, shared: int = 20) -> list[Request]:
-    """Prompts that begin with the same tokens; one is nothing else, one is one token longer."""
-    begin = requests_of((shared,), vocabulary, seed=1)[0].prompt_ids
-    ends = requests_of((9, 1, 4), vocabulary, seed=2)
-    return [Request(f"alike{index}", begin + own.prompt_ids) for index, own in enumerate(ends)] + [
-        Request("beginning", begin)
-    ]
-
-
-def by_key(completions: list[Completion]) -> dict[tuple[str, int], Completion]:
-    found = {(each.request_id, each.sample): each for each in completions}
-    assert len(found) == len(completions)
-    return found
 
 
 def theirs_greedy(theirs: PreTrainedModel, request: Request, tokens: int, **options: float) -> tuple[list[int], Tensor]:
@@ -193,54 +166,6 @@ def test_prompts_are_run_alone_where_frequencies_depend_on_the_length(tmp_path: 
     assert [length for length in lengths if length > 4] == [29 + 21, 24 + 20]
 
 
-def test_growing_the_cache_frees_each_old_buffer_in_turn(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = SlotCache(model.config, 2, dtype=torch.float32, device=torch.device("cpu"))
-    cache.begin()
-    buffer, views = cache._buffer, []
-    monkeypatch.setattr(cache, "_buffer", lambda capacity: views.append(len(cache.views)) or buffer(capacity))
-    assert len(cache.views) == len(model.layers)
-    cache.make_room(500)
-    assert views == [0] * len(model.layers)
-
-
-def test_the_cache_has_room_for_what_may_come_and_no_more(model: Decoder) -> None:
-    def room(needed: int, **most: int) -> int:
-        cache = SlotCache(model.config, 2, dtype=torch.float32, device=torch.device("cpu"), **most)
-        cache.make_room(needed)
-        return cache.capacity
-
-    assert (room(128), room(128, most_tokens=130), room(128, most_tokens=128)) == (160, 160, 128)
-    assert room(129, most_tokens=128) == 160  # what is needed counts
-
-
-def test_what_hidden_places_hold_does_not_matter(
-    model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    requests = requests_of(LENGTHS, model.config.vocab_size)
-    plain = by_key(list(generate(model, tokenizer, requests, GREEDY, slots=3)))
-    buffer = SlotCache._buffer
-    monkeypatch.setattr(SlotCache, "_buffer", lambda *given: buffer(*given).fill_(float("nan")))
-    assert by_key(list(generate(model, tokenizer, requests, GREEDY, slots=3))) == plain
-
-
-def test_room_is_made_once_for_prompts_of_any_lengths(
-    model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    requests, made = requests_of((20, 300, 20, 20), model.config.vocab_size), []
-    rebuild = SlotCache._rebuild
-    monkeypatch.setattr(
-        SlotCache, "_rebuild", lambda self, room, slots: made.append(room) or rebuild(self, room, slots)
-    )
-    list(generate(model, tokenizer, requests, SamplingOptions(max_tokens=4, temperature=0), slots=4))
-    assert made[0] == 320 and made.count(320) == 1
-
-
-def test_a_prompts_keys_and_values_are_kept_without_the_product_they_are_a_part_of() -> None:
-    product, cache = torch.zeros(6, 5, 4), PromptCache()
-    cache.attend(lambda q, k, v: v)(product[:, :3], product[:, 3:4], product[:, 4:])
-    assert [kept.untyped_storage().nbytes() for kept in cache.layers[0]] == [6 * 4 * 4] * 2
-
-
 def test_prompts_join_while_that_saves_tokens() -> None:
     system, examples = tuple(range(100, 120)), tuple(range(200, 300))
     few_shot = [system + examples + (index,) for index in range(3)]
@@ -277,17 +202,6 @@ def test_a_block_as_one_function_gives_the_same(tiny_model_dir: Path, tokenizer:
     }
     for key, each in as_one.items():
         assert each.logps == pytest.approx(by_modules[key].logps, abs=1e-5 if dtype == torch.float32 else 2**-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_norm_of_few_rows_is_the_kernels_norm(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.rand(576, generator=generator).to(dtype)
-    for scale in (1e-3, 1.0, 1e3):
-        x = (torch.randn(8, 576, generator=generator) * scale + scale).to(dtype)
-        found, exact = rms_norm_of_few(x, weight, 1e-5), rms_norm(x.double(), weight.double(), 1e-5)
-        error, other = ((y.double() - exact).abs().max() for y in (found, rms_norm(x, weight, 1e-5)))
-        assert error <= 1.5 * other
 
 
 def test_stops_at_tokens_and_texts(model: Decoder, tokenizer: Tokenizer) -> None:

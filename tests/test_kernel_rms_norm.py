@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import reference
-from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_of_few
 
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8}
 EPS = 1e-5
@@ -252,3 +252,14 @@ def test_the_added_norm_leaves_its_inputs_alone() -> None:
 def test_a_residual_that_does_not_fit_is_refused(residual: Tensor) -> None:
     with pytest.raises(ValueError, match=r"add_rms_norm: residual is .*, x torch.float32 \(3, 4\); must be the same"):
         add_rms_norm(torch.ones(3, 4), residual, torch.ones(4), EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_of_few_rows_is_the_same(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(576, generator=generator).to(dtype)
+    for scale in (1e-3, 1.0, 1e3):
+        x = (torch.randn(8, 576, generator=generator) * scale + scale).to(dtype)
+        found, exact = rms_norm_of_few(x, weight, 1e-5), rms_norm(x.double(), weight.double(), 1e-5)
+        error, other = ((y.double() - exact).abs().max() for y in (found, rms_norm(x, weight, 1e-5)))
+        assert error <= 1.5 * other

@@ -234,7 +234,8 @@ class Decoder(nn.Module):
         and inspection only: training never builds them. next: (N, V) logits behind the tokens at `score_index`.
         rewards: (N,) float32 of the reward head there, log-odds that the step which ends there is right.
 
-        cache: a PromptCache is filled; with a SlotCache the stream is one token a slot (trainer.models.kv_cache).
+        cache: a PromptCache is filled; with a SlotCache the stream is one token a slot, behind what the
+        slot holds; nothing else of the stream is read (trainer.models.kv_cache).
         """
         num_tokens, num_scored = len(stream.tokens), len(stream.score_targets)
         dtype = self.embed_tokens.weight.dtype

@@ -114,10 +114,9 @@ class SlotCache:
 
     def begin(self) -> None:
         """Before each forward pass of one token a slot: make room for it, and give back what is far too much."""
-        self.make_room(1)
-        longest = int(self.lengths.max()) + 1
-        if self.capacity > 2 * longest + STEP:
-            self._rebuild(self._room(longest), None)
+        needed = int(self.lengths.max()) + 1
+        if not needed <= self.capacity <= 2 * needed + STEP:
+            self._rebuild(self._room(needed), None)
         self._next_layer = 0
 
     def advance(self) -> None:
@@ -137,26 +136,23 @@ class SlotCache:
         threads, few = torch.get_num_threads(), 2 * self.slots * heads * width * self.capacity < SMALL
         grouped, joined = (self.slots * kv_heads, heads // kv_heads, width), (self.slots, heads * width)
 
-        def attend(q_BRh: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            scores = torch.bmm(q_BRh, keys)
-            if self.softcap is not None:
-                scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-            return torch.bmm(torch.softmax(scores.add_(mask), dim=-1, out=scores), values).view(joined)
-
         def one_token(q_SHh: Tensor, kv_SCh: Tensor) -> Tensor:
             by_row, keys, values = self.views[self._next_layer]
             self._next_layer += 1
             by_row.index_copy_(0, rows, kv_SCh.reshape(-1, width))
-            if few and threads > 1:
-                with _threads(1, threads):
-                    return attend(q_SHh.reshape(grouped), keys, values)
-            return attend(q_SHh.reshape(grouped), keys, values)
+            scores = torch.bmm(q_SHh.reshape(grouped), keys)
+            if self.softcap is not None:
+                scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+            return torch.bmm(torch.softmax(scores.add_(mask), dim=-1, out=scores), values).view(joined)
 
-        return one_token
+        def on_one_thread(q_SHh: Tensor, kv_SCh: Tensor) -> Tensor:
+            with _threads(1, threads):
+                return one_token(q_SHh, kv_SCh)
+
+        return on_one_thread if few and threads > 1 else one_token
 
     def make_room(self, length: int) -> None:
-        """For a slot of `length` tokens, and one token more in each that is there."""
-        length = max(length, int(self.lengths.max()) + 1)
+        """For slots of `length` tokens."""
         if length > self.capacity:
             self._rebuild(self._room(length), None)
 
