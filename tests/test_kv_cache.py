@@ -44,6 +44,17 @@ def test_the_cache_has_room_for_what_may_come_and_no_more(model: Decoder) -> Non
     assert room(129, most_tokens=128) == 160  # what is needed counts
 
 
+def test_room_that_is_far_too_much_is_given_back_between_steps(model: Decoder) -> None:
+    cache = SlotCache(model.config, 2, dtype=torch.float32, device=torch.device("cpu"))
+    cache.make_room(300)
+    cache.begin()
+    assert cache.capacity == 32
+    cache.lengths[1] = 31
+    cache.make_room(80)
+    cache.begin()
+    assert cache.capacity == 96 == 2 * 32 + 32  # not far too much
+
+
 def test_what_hidden_places_hold_does_not_matter(
     model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
